@@ -1,0 +1,33 @@
+# Everything a newcomer needs: make demo, make test. Each sets up .venv by itself.
+
+# The first of these that is Python 3.11 or 3.12; name another with make PYTHON=...
+PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) and print("$(p)")' 2>/dev/null)))
+BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml
+# Two test processes, one thread each: more threads only wait for each other on tiny models.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow lint
+
+demo: .venv/installed
+	$(LAUNCH) train.py --recipe recipes/phantom.yaml
+	$(LAUNCH) eval.py --model runs/phantom/final --benchmarks phantom --out runs/phantom/eval/sighted
+	$(LAUNCH) eval.py --model runs/phantom/final --benchmarks phantom --out runs/phantom/eval/blind --blind
+	$(BIN)/python -m huatuo_vision.evaluation.report --sighted runs/phantom/eval/sighted --blind runs/phantom/eval/blind \
+		--require-accuracy 0.90 --require-gain 0.40
+
+test: .venv/installed
+	$(PYTEST) -n 2 -m "not slow and not gpu"
+
+test-slow: .venv/installed
+	$(PYTEST) -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one or name it: make PYTHON=/path/to/python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@

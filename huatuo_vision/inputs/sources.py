@@ -1,0 +1,508 @@
+"""A recipe's data source, opened: row i as a checked Sample, with memory that does not grow with the rows.
+
+Rows lie in memory-mapped Arrow files, so a process that opens a source, or is sent one, holds only paths. JSON arrays
+of hundreds of MB are streamed once into such a file; a row that is malformed is kept as it is, to be reported by name.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import ijson
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from huatuo_vision.inputs.adapters import ImageNameError, adapt, row_id, row_images
+from huatuo_vision.recipe import SourceSpec
+from huatuo_vision.schema import BadSample, ImageRef, Sample, UserError, check_sample
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The configurations on the Hub, and (with .json) the files of a download.
+PUBMEDVISION_CONFIGS = {
+    "alignment": "PubMedVision_Alignment_VQA",
+    "instruction": "PubMedVision_InstructionTuning_VQA",
+    "captions": "PubMedVision_Original_Caption",
+    "chinese": "PubMedVision_Chinese",
+}
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Goes up whenever the same file would be converted differently.
+CONVERSION_VERSION = 1
+# One row as it stands in the file, its id, and what makes it unreadable (null for a row that is JSON).
+ROW_SCHEMA = pa.schema([("row", pa.binary()), ("id", pa.string()), ("problem", pa.string())])
+BATCH_BYTES = 4 * 2**20
+ROWS_AT_A_TIME = 256
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MEMBER_SCHEMA = pa.schema(
+    [
+        ("basename", pa.string()),
+        ("archive", pa.string()),
+        ("member", pa.string()),
+        ("crc", pa.uint32()),
+        ("size", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Pickles as paths: a spawned worker maps the same files."""
+
+    name: str
+    spec: SourceSpec
+    rows: Dataset  # formatted as arrow, so that images stay encoded
+    converted: bool  # rows follow ROW_SCHEMA, JSON text inside; otherwise they are the table's own
+    images: ImageFinder
+    files: tuple[str, ...]  # the data files on disk; none for rows from the Hub
+    revision: str | None = None  # the Hub's commit
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, i: int) -> Sample:
+        """Row i, checked. Raises BadSample."""
+        return self._sample(self.rows[i].to_pylist()[0], i, self.images.find)
+
+    def row_id(self, i: int) -> str:
+        """The id of row i; of a row without one, its place."""
+        stored = self.rows[i].to_pylist()[0]
+        return (stored["id"] if self.converted else row_id(stored, self.spec)) or f"row {i}"
+
+    def content_keys(self, start: int, stop: int) -> str:
+        """sha256 over what samples start to stop are made from: spec, rows, size and time (or CRC) of their images."""
+        digest = hashlib.sha256(self.spec.model_dump_json().encode())
+        for stored in self._stored(start, stop):
+            if self.converted:
+                digest.update(stored["row"])
+                names = [] if stored["problem"] else _row_images(json.loads(stored["row"]), self.spec)
+            else:
+                digest.update(json.dumps(stored, default=_digest_of_bytes).encode())
+                names = _row_images(stored, self.spec)
+            for name in names:
+                digest.update(f"\0{name}\0{self.images.stamp(name)}".encode(errors="backslashreplace"))
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+    def texts(self) -> Iterator[str]:
+        """The text of every message, in order. Rows that make no sample are left out: preparation reports those."""
+        for i, stored in enumerate(self._stored(0, len(self))):
+            try:
+                sample = self._sample(stored, i, lambda name: ImageRef(path=name))
+            except BadSample:
+                continue
+            yield from (message.content for message in sample.messages)
+
+    def duplicate_ids(self) -> dict[str, tuple[int, ...]]:
+        """Each id that several rows have -> those rows. Of them the first is kept by preparation."""
+        ids = self._ids()
+        counted = pa.chunked_array(ids).value_counts()
+        repeated = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
+        repeated = repeated.filter(pc.not_equal(repeated, ""))
+        rows: dict[str, list[int]] = {value: [] for value in repeated.to_pylist()}
+        start = 0
+        for chunk in ids:
+            which = pc.index_in(chunk, value_set=repeated)
+            for i in np.flatnonzero(which.is_valid()):
+                rows[chunk[i].as_py()].append(start + int(i))
+            start += len(chunk)
+        return {value: tuple(places) for value, places in rows.items()}
+
+    def record(self) -> dict[str, Any]:
+        """What the run record says of this source. Reads the data files once, for their checksums."""
+        return {
+            "adapter": self.spec.adapter,
+            "hub_id": self.spec.hub_id,
+            "revision": self.revision,
+            "path": self.spec.path,
+            "sha256": {Path(file).name: _sha256(file) for file in self.files},
+            "rows": len(self),
+            "synthetic": self.spec.adapter == "phantom",
+        }
+
+    def _sample(self, stored: dict[str, Any], i: int, find_image: Callable[[str], ImageRef]) -> Sample:
+        if self.converted:
+            if stored["problem"]:
+                raise BadSample(f"row {i}", "malformed_row", stored["problem"])
+            stored = json.loads(stored["row"])
+        sample = adapt(stored, self.name, self.spec, find_image, i)
+        check_sample(sample)
+        return sample
+
+    def _stored(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        for first in range(start, stop, ROWS_AT_A_TIME):
+            yield from self.rows[first : min(first + ROWS_AT_A_TIME, stop)].to_pylist()
+
+    def _ids(self) -> list[pa.Array]:
+        if self.converted:
+            return self.rows.data.column("id").chunks
+        ids = (row_id(stored, self.spec) for stored in self._stored(0, len(self)))
+        return [pa.array(ids, pa.string(), size=len(self))]
+
+
+@dataclass(frozen=True)
+class ImageFinder:
+    """Image name -> where its bytes are: a file under `root`, or a member of a zip archive that lies in it."""
+
+    root: str | None
+    members: str | None = None  # the index of the archives' members, an Arrow file
+    # PubMedVision's own instructions unpack all archives into one folder without their paths.
+    by_basename: bool = False
+
+    def find(self, name: str) -> ImageRef:
+        """A name that is nowhere comes back as the file it should be, for whoever opens it to report.
+
+        Raises ImageNameError for a name that leaves the folder, UserError where archives do not tell which is meant.
+        """
+        given = PurePosixPath(name)
+        if given.is_absolute() or ".." in given.parts:
+            raise ImageNameError(
+                f"names {name!r}, which leaves the folder of the images; write it relative to image_root"
+            )
+        if self.root is None:
+            raise UserError(
+                f"rows name image files ({name!r}) but there is no image_root; set it to the folder that holds them"
+            )
+        path = os.path.join(self.root, name)
+        if os.path.isfile(path):
+            return ImageRef(path=path)
+        if self.by_basename and os.path.isfile(junked := os.path.join(self.root, given.name)):
+            return ImageRef(path=junked)
+        member = self._member(name)
+        if member is not None:
+            return ImageRef(archive=os.path.join(self.root, member["archive"]), member=member["member"])
+        return ImageRef(path=path)
+
+    def stamp(self, name: str) -> str:
+        """Changes whenever the image does: size and time of a file, CRC and size of a member."""
+        try:
+            ref = self.find(name)
+        except ImageNameError:
+            return "refused"
+        if ref.archive is not None:
+            member = self._member(name)
+            return f"{member['crc']}:{member['size']}"
+        if not os.path.isfile(ref.path):
+            return "missing"
+        status = os.stat(ref.path)
+        return f"{status.st_size}:{status.st_mtime_ns}"
+
+    def _member(self, name: str) -> dict[str, Any] | None:
+        if self.members is None:
+            return None
+        table = _map_table(self.members)
+        basenames = table.column("basename").chunk(0)
+        basename = PurePosixPath(name).name
+        first = bisect.bisect_left(range(len(basenames)), basename, key=lambda i: basenames[i].as_py())
+        last = bisect.bisect_right(range(len(basenames)), basename, lo=first, key=lambda i: basenames[i].as_py())
+        found = table.slice(first, last - first).to_pylist()
+        in_full = [row for row in found if f"/{row['member']}".endswith(f"/{name}")]
+        candidates = in_full or (found if self.by_basename else [])
+        if len({(row["crc"], row["size"]) for row in candidates}) > 1:
+            places = ", ".join(f"{row['archive']}!{row['member']}" for row in candidates[:3])
+            raise UserError(
+                f"the archives in {self.root} hold {len(candidates)} different pictures for the name {name!r} "
+                f"({places}); unpack the right one beside them, or keep each data set's archives in a folder of its own"
+            )
+        return candidates[0] if candidates else None
+
+
+def open_source(name: str, spec: SourceSpec, cache_dir: Path) -> Source:
+    """The source `name` of a recipe. Raises UserError for files that are not there, broken or ambiguous.
+
+    The first opening may stream a large file into `cache_dir`: let one process open it before the others do.
+    """
+    try:
+        return _open(name, spec, Path(cache_dir).absolute())
+    except UserError as error:
+        raise UserError(f"data.{name}: {error}") from None
+
+
+def ensure_made(spec: SourceSpec, cache_dir: Path) -> None:
+    """Makes a phantom source's data, unless it is there. For one process only; other sources have nothing to make."""
+    if spec.adapter != "phantom":
+        return
+    folder = _phantom_folder(spec, Path(cache_dir).absolute())
+    arguments = {"--out": folder, "--train": spec.train, "--test": spec.test or 0, "--seed": spec.seed or 0}
+    command = [sys.executable, "-m", "data.phantom", *(str(part) for pair in arguments.items() for part in pair)]
+    if not (REPOSITORY / "data" / "phantom.py").is_file():
+        raise UserError(f"adapter phantom needs data/phantom.py, which is not in {REPOSITORY}; run from a checkout")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    code = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+    if code != 0:
+        raise UserError(f"making the phantom data ended with exit code {code}; its message stands above")
+
+
+def _open(name: str, spec: SourceSpec, cache_dir: Path) -> Source:
+    from datasets import Dataset
+
+    revision = None
+    files: tuple[Path, ...] = ()
+    root = Path(spec.image_root).expanduser().absolute() if spec.image_root else None
+    if spec.hub_id is not None:
+        rows, revision = _hub_rows(spec)
+    else:
+        files = _data_files(spec, cache_dir)
+        root = root or files[0].parent
+        if files[0].suffix == ".parquet":
+            rows = _parquet_rows(files, cache_dir)
+        else:
+            rows = Dataset.from_file(str(_converted(files[0], spec, cache_dir)))
+    if root is not None and not root.is_dir():
+        raise UserError(f"image_root {root} is not a folder; correct it or download the images")
+    if len(rows) == 0:
+        raise UserError(f"{spec.hub_id or files[0]} holds no rows")
+    images = ImageFinder(
+        root=None if root is None else str(root),
+        members=None if root is None else _member_index(root, cache_dir),
+        by_basename=spec.adapter == "pubmedvision",
+    )
+    converted = bool(files) and files[0].suffix != ".parquet"
+    return Source(name, spec, rows.with_format("arrow"), converted, images, tuple(map(str, files)), revision)
+
+
+def _data_files(spec: SourceSpec, cache_dir: Path) -> tuple[Path, ...]:
+    if spec.adapter == "phantom":
+        file = _phantom_folder(spec, cache_dir) / f"{PUBMEDVISION_CONFIGS[spec.config]}.json"
+        if not file.is_file():
+            raise UserError(f"the phantom data is not made yet: {file} does not exist; ensure_made() makes it first")
+        return (file,)
+    path = Path(spec.path).expanduser().absolute()
+    if path.is_file() and path.suffix in DATA_SUFFIXES:
+        return (path,)
+    if path.is_file():
+        raise UserError(f"{path} is not a data file by its name; expected one that ends in {', '.join(DATA_SUFFIXES)}")
+    if not path.is_dir():
+        raise UserError(f"path {path} does not exist; correct it or download the data")
+    usual = "samples.jsonl"
+    if spec.adapter == "pubmedvision":
+        usual = f"{PUBMEDVISION_CONFIGS[spec.config]}.json"
+    if (path / usual).is_file():
+        return (path / usual,)
+    found = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in DATA_SUFFIXES)
+    # Shards of one table; any other several files may be several data sets.
+    if found and all(file.suffix == ".parquet" for file in found):
+        return tuple(found)
+    if len(found) == 1 and spec.adapter != "pubmedvision":
+        return tuple(found)
+    names = ", ".join(file.name for file in found[:8]) or "no data file"
+    raise UserError(f"the folder {path} holds {names}; expected {usual}, or set path to the file that is meant")
+
+
+def _phantom_folder(spec: SourceSpec, cache_dir: Path) -> Path:
+    return cache_dir / f"phantom-{spec.train}-{spec.test or 0}-{spec.seed or 0}"
+
+
+def _hub_rows(spec: SourceSpec) -> tuple[Dataset, str | None]:
+    """Rows from the Hub and the commit that `revision` stood for, by datasets' own cache."""
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    config = PUBMEDVISION_CONFIGS[spec.config] if spec.adapter == "pubmedvision" else None
+    try:
+        builder = load_dataset_builder(spec.hub_id, name=config, revision=spec.revision)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=spec.split)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(
+            f"{spec.hub_id} (revision {spec.revision or 'main'}, split {spec.split}) cannot be loaded from the Hub: "
+            f"{_brief(error)}; check the name, your access (hf auth login) and the connection"
+        ) from None
+    commit = builder.hash if builder.hash and len(builder.hash) == 40 else None
+    return rows, commit
+
+
+def _parquet_rows(files: tuple[Path, ...], cache_dir: Path) -> Dataset:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache_dir / "parquet"))
+    except (OSError, ValueError, DatasetsError) as error:
+        names = f"{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+        raise UserError(
+            f"{names} cannot be read as Parquet ({_brief(error.__cause__ or error)}); copy it again"
+        ) from None
+
+
+def _converted(path: Path, spec: SourceSpec, cache_dir: Path) -> Path:
+    """The JSON file's rows as an Arrow file under `cache_dir`, made on first use and again when the file changes."""
+    status = path.stat()
+    # Ids are taken by the adapter; nothing else in the spec changes the rows.
+    parts = (CONVERSION_VERSION, str(path), status.st_size, status.st_mtime_ns, spec.adapter, spec.columns.id)
+    target = cache_dir / "rows" / f"{path.stem}-{_key(parts)}.arrow"
+    if target.exists():
+        return target
+    read = _json_lines if path.suffix == ".jsonl" else _json_array
+    with (
+        _replacing(target) as temporary,
+        _reading(path) as file,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, ROW_SCHEMA) as writer,
+    ):
+        batch: list[tuple[bytes, str, str | None]] = []
+        size = 0
+        for text, value, problem in read(path, file):
+            batch.append((text, row_id(value, spec) if isinstance(value, dict) else "", problem))
+            size += len(text)
+            if size >= BATCH_BYTES:
+                writer.write_batch(_row_batch(batch))
+                batch, size = [], 0
+        writer.write_batch(_row_batch(batch))
+    return target
+
+
+def _row_batch(rows: list[tuple[bytes, str, str | None]]) -> pa.RecordBatch:
+    columns = zip(*rows, strict=True) if rows else ((), (), ())
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)
+
+
+def _json_array(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, object, str | None]]:
+    """Each row of a JSON array as (text, value, problem), never more than one in memory."""
+    size = path.stat().st_size
+    head = file.read(64)
+    start = head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
+    if start != b"[":
+        got = f"begins with {start.decode(errors='replace')!r}" if start else "is empty"
+        raise UserError(
+            f"{path} {got}; expected a JSON array of rows, [{{...}}, ...] (the name of JSON Lines ends in .jsonl)"
+        )
+    file.seek(len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0)
+    count = 0
+    try:
+        for value in ijson.items(file, "item", use_float=True, buf_size=2**20):
+            count += 1
+            yield json.dumps(value, ensure_ascii=False).encode(errors="replace"), value, None
+    except ijson.JSONError as error:
+        if file.tell() == size and ("premature EOF" in str(error) or "Incomplete JSON" in str(error)):
+            raise UserError(
+                f"{path} ends in the middle of its JSON array, after {count:,} whole rows, at byte {size:,}; "
+                "download it again"
+            ) from None
+        raise UserError(
+            f"{path} is not JSON after row {count:,}, before byte {file.tell():,} ({_brief(error)}); download it again"
+        ) from None
+
+
+def _json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, object, str | None]]:
+    """Each line as (text, value, problem): a line that is not JSON is a row with a problem. Blank lines are none."""
+    for number, line in enumerate(file, start=1):
+        text = (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).strip()
+        if not text:
+            continue
+        try:
+            yield text, json.loads(text.decode()), None
+        except (ValueError, RecursionError) as error:
+            yield (
+                text,
+                None,
+                f"line {number} of {path.name} is not JSON ({_brief(error)}); correct or download it again",
+            )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """The file, with a progress bar by bytes while it is read."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        progress.open(path, "rb", description=f"reading {path.name} once") as file,
+    ):
+        yield file
+
+
+def _member_index(root: Path, cache_dir: Path) -> str | None:
+    """An Arrow file of all members of the zip archives in `root`, sorted by basename; None where there is none."""
+    archives = sorted(root.glob("*.zip"))
+    if not archives:
+        return None
+    stats = [(archive.name, archive.stat().st_size, archive.stat().st_mtime_ns) for archive in archives]
+    target = cache_dir / "members" / f"{_key((CONVERSION_VERSION, str(root), stats))}.arrow"
+    if not target.exists():
+        table = pa.concat_tables([_members(archive) for archive in archives])
+        table = table.sort_by([(key, "ascending") for key in ("basename", "archive", "member")]).combine_chunks()
+        with (
+            _replacing(target) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, MEMBER_SCHEMA) as writer,
+        ):
+            # One batch, so that a look-up is one binary search.
+            writer.write_table(table, max_chunksize=max(1, len(table)))
+    return str(target)
+
+
+def _members(archive: Path) -> pa.Table:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            infos = [info for info in opened.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{archive} is not a whole zip archive ({_brief(error)}); download it again") from None
+    rows = [(PurePosixPath(i.filename).name, archive.name, i.filename, i.CRC, i.file_size) for i in infos]
+    columns = zip(*rows, strict=True) if rows else ((),) * len(MEMBER_SCHEMA)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, MEMBER_SCHEMA, strict=True)], schema=MEMBER_SCHEMA)
+
+
+@lru_cache(maxsize=16)
+def _map_table(path: str) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(path)).read_all()
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary file beside `target` that takes its place when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _row_images(row: object, spec: SourceSpec) -> list[str]:
+    """The image names of a row of any shape."""
+    values = row_images(row, spec) if isinstance(row, dict) else []
+    paths = (value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value for value in values)
+    return [path for path in paths if isinstance(path, str)]
+
+
+def _key(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _digest_of_bytes(value: object) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -1,0 +1,541 @@
+"""Composes a LLaVA model from a vision encoder, a fresh projector and a language model.
+
+`compose_processor` writes everything but the weights, from configs and tokenizers alone, so a dry run
+downloads no weights; `compose_weights` adds them. The result is a model folder (`model.folder`).
+
+The tokenizer adds no BOS or EOS of its own: what a conversation starts and ends with is written in the
+chat template, so that training, `processor(text=...)` and every engine agree on the ids.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.utils import logging
+
+from huatuo_vision.model.folder import check_loaded, module_name, replacing, save_model_folder, write_config
+from huatuo_vision.recipe import LanguageModelSpec, ModelSpec, Pretrained, TokenizerSpec, VisionEncoderSpec
+from huatuo_vision.schema import IMAGE_PLACEHOLDER, UserError
+
+CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
+
+
+@dataclass(frozen=True, slots=True)
+class _EncoderFamily:
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    image_processor: type[CLIPImageProcessorPil] | type[SiglipImageProcessorPil]
+    class_tokens: int
+
+
+_CLIP = _EncoderFamily(CLIPVisionConfig, CLIPVisionModel, CLIPImageProcessorPil, class_tokens=1)
+_SIGLIP = _EncoderFamily(SiglipVisionConfig, SiglipVisionModel, SiglipImageProcessorPil, class_tokens=0)
+_ENCODERS = {"clip": _CLIP, "clip_vision_model": _CLIP, "siglip": _SIGLIP, "siglip_vision_model": _SIGLIP}
+
+# Model type -> class; Yi is a llama. Engines pick their language model by the class name in text_config.
+_LANGUAGE_MODELS = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+
+# Tokens a template's markers must be; the last one ends the assistant's turn. The others write plain text and EOS.
+_MARKERS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+
+# What the other half of a CLIP or SigLIP checkpoint is called; LLaVA has no use for it.
+_TEXT_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+
+# Tokens that makers of tokenizers set aside: Llama 3, Gemma-like vocabularies, Mistral 0.3, Mistral Nemo.
+_RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|[<\[]\|?unused_?\d+\|?[>\]]|\[control_\d+\]|<SPECIAL_\d+>")
+
+# New rows of an embedding come in such numbers that matrix kernels run at full speed.
+_VOCAB_MULTIPLE = 64
+
+_EOS, _PAD = "<|endoftext|>", "<|pad|>"
+
+
+def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None = None) -> LlavaConfig:
+    """Writes config, generation config, tokenizer, image processor and chat template; no weights are read.
+
+    `texts` are what a tokenizer is trained on, where the recipe asks for one of its own. Raises UserError for
+    anything that does not fit together or cannot be found.
+    """
+    vision_config = _vision_config(spec.vision_encoder)
+    text_config = _text_config(spec.language_model)
+    family = _ENCODERS[vision_config.model_type]
+    _check_features(spec, vision_config)
+    image_processor = _image_processor(spec.vision_encoder, vision_config)
+
+    # An embedding that is still to be made gets the rows that the tokenizer needs, unless the recipe says how many.
+    decided = spec.language_model.config is None or "vocab_size" in spec.language_model.config
+    rows = text_config.vocab_size if decided else None
+    tokenizer = _tokenizer(spec.language_model, texts, rows, max_length=text_config.max_position_embeddings)
+    end_of_turn = _check_template(spec.chat_template, tokenizer)
+    ids = max(tokenizer.get_vocab().values()) + 1
+    if rows is None or ids > rows:
+        rows = -(-ids // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+    text_config.vocab_size = rows
+    text_config.architectures = [_LANGUAGE_MODELS[text_config.model_type]]
+    text_config.bos_token_id = tokenizer.bos_token_id
+    text_config.eos_token_id = tokenizer.eos_token_id
+    if text_config.pad_token_id == tokenizer.eos_token_id:
+        # The embedding row of a padding id gets no gradient, and the end of an answer is no padding.
+        text_config.pad_token_id = None
+
+    patches = (vision_config.image_size // vision_config.patch_size) ** 2
+    config = LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        image_seq_length=patches + (family.class_tokens if spec.feature_strategy == "full" else 0),
+        projector_hidden_act="gelu",
+        multimodal_projector_bias=True,
+        vision_feature_layer=spec.feature_layer,
+        vision_feature_select_strategy=spec.feature_strategy,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        dtype=text_config.dtype or torch.float32,
+    )
+    stop_ids = list(dict.fromkeys((end_of_turn, tokenizer.eos_token_id)))
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision_config.patch_size,
+        num_additional_image_tokens=family.class_tokens,
+        vision_feature_select_strategy=spec.feature_strategy,
+        chat_template=(CHAT_TEMPLATES / f"{spec.chat_template}.jinja").read_text(encoding="utf-8"),
+    )
+    with replacing(folder) as new:
+        write_config(new, config)
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=stop_ids if len(stop_ids) > 1 else stop_ids[0],
+            pad_token_id=tokenizer.pad_token_id,
+        ).save_pretrained(new)
+        _write_processor(new, processor)
+    return config
+
+
+def compose_weights(spec: ModelSpec, folder: Path, seed: int) -> None:
+    """Adds the weights to a folder of `compose_processor`: encoder and language model as they are, projector fresh.
+
+    All are saved in the language model's dtype (fp32 where it starts from random weights). The same seed gives the
+    same weights. The process's random state is left as it was. Raises UserError where a checkpoint is not whole.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        language_model = _language_model(spec.language_model, config.text_config)
+        vision_encoder = _vision_encoder(spec.vision_encoder, config.vision_config, language_model.dtype)
+    weights = {
+        **{module_name(f"language_model.{name}"): tensor for name, tensor in language_model.state_dict().items()},
+        **{f"model.vision_tower.{name}": tensor for name, tensor in vision_encoder.state_dict().items()},
+        **_projector(config, language_model.dtype, seed),
+    }
+    save_model_folder(folder, weights, config, source_folder=folder)
+
+
+def resolve_revision(spec: Pretrained) -> str | None:
+    """The commit that a Hub id and revision mean now (offline: in the cache); None for what is not from the Hub."""
+    if spec.id is None:
+        return None
+    file = "tokenizer_config.json" if isinstance(spec, TokenizerSpec) else "config.json"
+    wanted = f"{spec.id} (revision {spec.revision})" if spec.revision else spec.id
+    try:
+        return Path(hf_hub_download(spec.id, file, revision=spec.revision)).parent.name
+    except GatedRepoError:
+        raise UserError(
+            f"{spec.id} is gated: accept its terms on https://huggingface.co/{spec.id}, "
+            "then log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{spec.id} is not on the Hub, or it is private; check the id, or log in with `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{spec.id} has no revision {spec.revision!r} on the Hub; check the branch, tag or commit"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{wanted} is not in the local cache and the Hub cannot be reached; "
+            f"download it first (`hf download {spec.id}`) or give a local path"
+        ) from None
+    except EntryNotFoundError:
+        raise UserError(
+            f"{wanted} has no {file}, so it is not in transformers' format; choose another repository"
+        ) from None
+    except HFValidationError:
+        raise UserError(f"{spec.id!r} is not a Hub id (owner/name); give a folder as path instead of id") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where `from_pretrained` reads: a Hub id at one commit, or a folder."""
+
+    location: str
+    revision: str = "main"
+
+
+def _source(spec: Pretrained) -> _Source:
+    if spec.id is not None:
+        return _Source(spec.id, resolve_revision(spec))
+    if not Path(spec.path).is_dir():
+        raise UserError(f"path {spec.path} is not a folder; expected a model in transformers' format")
+    return _Source(spec.path)
+
+
+def _model_type(source: _Source) -> str:
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source.location, revision=source.revision)
+    except OSError as error:
+        raise UserError(f"{source.location} has no readable config.json: {_one_line(error)}") from None
+    return str(values.get("model_type"))
+
+
+def _from_values(values: dict[str, Any], part: str) -> PreTrainedConfig:
+    """A config from a recipe's own values. transformers would take a misspelt key as one more attribute."""
+    values = dict(values)
+    config_class = type(AutoConfig.for_model(values.pop("model_type")))
+    config = config_class(**values)
+    known = {*config_class().to_dict(), *config_class.attribute_map, "rope_theta", "rope_scaling"}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it is no key of {config_class.__name__}"
+            raise UserError(f"model.{part}.config: unknown key {key!r}; {hint}")
+    return config
+
+
+def _vision_config(spec: VisionEncoderSpec) -> CLIPVisionConfig | SiglipVisionConfig:
+    if spec.config is not None:
+        what, model_type = "model.vision_encoder.config", str(spec.config.get("model_type"))
+    else:
+        source = _source(spec)
+        what, model_type = source.location, _model_type(source)
+    if model_type.startswith("siglip2"):
+        raise UserError(
+            f"vision encoder {what} is a NaFlex SigLIP 2 ({model_type}), whose patch grid changes with the image "
+            "and which LLaVA cannot run; choose a fixed-resolution SigLIP 2, whose model_type is siglip"
+        )
+    if model_type not in _ENCODERS:
+        raise UserError(
+            f"vision encoder {what} has the model_type {model_type!r}; expected one of {', '.join(_ENCODERS)}"
+        )
+    config_class = _ENCODERS[model_type].config
+    if spec.config is not None:
+        return _from_values(spec.config | {"model_type": config_class.model_type}, "vision_encoder")
+    return config_class.from_pretrained(source.location, revision=source.revision)
+
+
+def _text_config(spec: LanguageModelSpec) -> PreTrainedConfig:
+    if spec.config is not None:
+        what, model_type = "model.language_model.config", str(spec.config.get("model_type"))
+    else:
+        source = _source(spec)
+        what, model_type = source.location, _model_type(source)
+    if model_type not in _LANGUAGE_MODELS:
+        raise UserError(
+            f"language model {what} has the model_type {model_type!r}; expected one of {', '.join(_LANGUAGE_MODELS)} "
+            "(Yi is llama, Qwen2.5 is qwen2)"
+        )
+    if spec.config is not None:
+        return _from_values(spec.config, "language_model")
+    return AutoConfig.from_pretrained(source.location, revision=source.revision)
+
+
+def _check_features(spec: ModelSpec, vision_config: PreTrainedConfig) -> None:
+    depth = vision_config.num_hidden_layers
+    if not -depth - 1 <= spec.feature_layer <= depth:
+        raise UserError(
+            f"model.feature_layer {spec.feature_layer} is out of range: the vision encoder has {depth} layers, "
+            f"so expected {-depth - 1} to {depth}"
+        )
+    if spec.feature_strategy == "default" and not _ENCODERS[vision_config.model_type].class_tokens:
+        raise UserError(
+            "model.feature_strategy default drops the class token, but SigLIP has none and would lose its first patch; "
+            "set feature_strategy: full"
+        )
+
+
+def _image_processor(spec: VisionEncoderSpec, vision_config: PreTrainedConfig) -> LlavaImageProcessorPil:
+    """The encoder's own preprocessing after padding to a square in its mean colour (LLaVA-1.5, section 3.4)."""
+    image_processor_class = _ENCODERS[vision_config.model_type].image_processor
+    side = vision_config.image_size
+    square = {"height": side, "width": side}
+    if spec.config is not None:
+        own = image_processor_class(size=square, crop_size=square)
+    else:
+        source = _source(spec)
+        try:
+            own = image_processor_class.from_pretrained(source.location, revision=source.revision)
+        except OSError:
+            raise UserError(
+                f"vision encoder {source.location} has no preprocessor_config.json, so its image size and mean are "
+                "unknown; add the one it was trained with"
+            ) from None
+    values = own.to_dict()
+    sizes = {values["size"].get(key) for key in ("height", "width", "shortest_edge")} - {None}
+    if values.get("do_center_crop"):
+        sizes |= set(values["crop_size"].values())
+    if sizes != {side}:
+        raise UserError(
+            f"vision encoder {spec.location} takes {side} x {side} pixels but its preprocessor_config.json makes "
+            f"{' or '.join(map(str, sorted(sizes)))}; correct the file"
+        )
+    kept = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    return LlavaImageProcessorPil(
+        do_pad=True,
+        do_center_crop=bool(values.get("do_center_crop")),
+        crop_size=square,
+        do_convert_rgb=True,
+        **{key: values[key] for key in kept},
+    )
+
+
+def _tokenizer(
+    spec: LanguageModelSpec, texts: Iterator[str] | None, rows: int | None, max_length: int
+) -> PreTrainedTokenizerFast:
+    """The language model's tokenizer with `<image>` in it. `rows`: of the embedding, None where still to be decided."""
+    named: dict[str, str] = {}
+    if spec.tokenizer is not None and spec.tokenizer.vocab_size is not None:
+        if texts is None:
+            raise ValueError("a recipe with tokenizer.vocab_size needs texts to train the tokenizer on")
+        backend = _train_tokenizer(texts, spec.tokenizer.vocab_size)
+        named = {"eos_token": _EOS, "pad_token": _PAD}
+    else:
+        source = _source(spec.tokenizer or spec)
+        try:
+            # Not AutoTokenizer: for some model types it rebuilds tokenizer.json's pipeline, or takes tekken.json's.
+            original = PreTrainedTokenizerFast.from_pretrained(source.location, revision=source.revision)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer.json can be read from {source.location}: {_one_line(error)}") from None
+        if original.eos_token is None:
+            raise UserError(
+                f"the tokenizer of {source.location} has no eos_token, so no answer could end; name one in its "
+                "tokenizer_config.json"
+            )
+        named = {key: original.special_tokens_map[key] for key in _NAMED_TOKENS if key in original.special_tokens_map}
+        named.setdefault("pad_token", named["eos_token"])
+        backend = _with_image_token(original.backend_tokenizer, rows, keep=frozenset(named.values()))
+    backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+    backend.no_padding()
+    backend.no_truncation()
+    if spec.config is not None and rows is not None and backend.get_vocab_size() > rows:
+        raise UserError(
+            f"model.language_model.config.vocab_size is {rows} but the tokenizer has {backend.get_vocab_size()} "
+            f"ids with {IMAGE_PLACEHOLDER}; leave vocab_size out"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=max_length,
+        padding_side="left",  # batched generation continues from the right end
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE, at most `vocab_size` ids, special tokens included."""
+    special = [_EOS, _PAD, IMAGE_PLACEHOLDER]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special):
+        raise UserError(
+            f"model.language_model.tokenizer.vocab_size {vocab_size} is too small: {len(alphabet)} bytes and "
+            f"{len(special)} special tokens alone need {len(alphabet) + len(special)}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _with_image_token(tokenizer: Tokenizer, rows: int | None, keep: frozenset[str]) -> Tokenizer:
+    """`<image>` as a special token: on a spare row of the embedding, else for a reserved token, else on a new row.
+
+    Qwen2 has spare rows (151,646 ids, 152,064 rows) and Llama 3 reserved tokens, so neither needs a resize;
+    Yi has neither. `keep`: tokens already in use.
+    """
+    image = AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)
+    added = Tokenizer.from_str(tokenizer.to_str())
+    added.add_special_tokens([image])
+    if rows is None or added.token_to_id(IMAGE_PLACEHOLDER) < rows:
+        return added
+    reserved = [
+        (token_id, token.content)
+        for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        if _RESERVED.fullmatch(token.content) and token.content not in keep and token_id < rows
+    ]
+    if not reserved:
+        return added
+    token_id, content = reserved[0]
+    pipeline = json.loads(tokenizer.to_str())
+    for token in pipeline["added_tokens"]:
+        if token["id"] == token_id:
+            token |= {
+                "content": IMAGE_PLACEHOLDER,
+                "special": True,
+                "normalized": False,
+                "lstrip": False,
+                "rstrip": False,
+            }
+    vocabulary = pipeline["model"]["vocab"]
+    if content in vocabulary:
+        vocabulary[IMAGE_PLACEHOLDER] = vocabulary.pop(content)
+    return Tokenizer.from_str(json.dumps(pipeline))
+
+
+def _check_template(name: str, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id that ends the assistant's turn. Refuses a template whose markers the tokenizer would cut into pieces."""
+    vocabulary = tokenizer.get_vocab()
+    absent = [marker for marker in _MARKERS.get(name, ()) if marker not in vocabulary]
+    if absent:
+        fitting = [
+            path.stem
+            for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))
+            if all(marker in vocabulary for marker in _MARKERS.get(path.stem, ()))
+        ]
+        raise UserError(
+            f"model.chat_template {name} needs {', '.join(absent)} as tokens, which the language model's tokenizer "
+            f"does not have; templates that fit it: {', '.join(fitting)}"
+        )
+    return vocabulary[_MARKERS[name][-1]] if name in _MARKERS else tokenizer.eos_token_id
+
+
+def _write_processor(folder: Path, processor: LlavaProcessor) -> None:
+    """The processor's files as both transformers 4.57 and 5.x read them."""
+    tokenizer = processor.tokenizer
+    processor.save_pretrained(folder)
+    # 4.x wants the image processor in a file of its own; with two copies one might be edited and the other read.
+    processor.image_processor.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    del values["image_processor"]
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    # 4.x knows neither 5.x's tokenizer class nor its list of extra tokens; tokenizer.json has them all.
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": tokenizer.padding_side,
+        "clean_up_tokenization_spaces": False,
+        **{key: tokenizer.special_tokens_map[key] for key in _NAMED_TOKENS if key in tokenizer.special_tokens_map},
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _language_model(spec: LanguageModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal LM, its embeddings grown to the config's vocabulary; new rows are the mean of the old ones."""
+    if spec.config is not None:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    source = _source(spec)
+    model, info = _load_whole(AutoModelForCausalLM, source, dtype="auto")
+    check_loaded(source.location, info, ignored=lambda key: key.endswith(".inv_freq"))
+    old_rows = model.config.vocab_size
+    if config.vocab_size > old_rows:
+        model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight = layer.weight.data
+            weight[old_rows:] = weight[:old_rows].float().mean(0).to(weight.dtype)
+    return model
+
+
+def _vision_encoder(spec: VisionEncoderSpec, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The vision half of a CLIP or SigLIP checkpoint, or random weights."""
+    if spec.config is not None:
+        return AutoModel.from_config(config, dtype=dtype)
+    source = _source(spec)
+    verbosity = logging.get_verbosity()
+    # Its report would list every tensor of the text tower; what is amiss is said below.
+    logging.set_verbosity_error()
+    try:
+        model, info = _load_whole(_ENCODERS[config.model_type].model, source, dtype=dtype, config=config)
+    finally:
+        logging.set_verbosity(verbosity)
+    check_loaded(source.location, info, ignored=lambda key: key.startswith(_TEXT_TOWER))
+    return model
+
+
+def _projector(config: LlavaConfig, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Two linear layers as transformers initialises them: normal weights, zero biases."""
+    generator = torch.Generator().manual_seed(seed)
+    width_in, width_out = config.vision_config.hidden_size, config.text_config.hidden_size
+    std = config.text_config.initializer_range
+    weights: dict[str, Tensor] = {}
+    for name, width in (("linear_1", width_in), ("linear_2", width_out)):
+        weight = torch.empty(width_out, width).normal_(std=std, generator=generator)
+        weights[f"model.multi_modal_projector.{name}.weight"] = weight.to(dtype)
+        weights[f"model.multi_modal_projector.{name}.bias"] = torch.zeros(width_out, dtype=dtype)
+    return weights
+
+
+def _load_whole(model_class: Any, source: _Source, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        return model_class.from_pretrained(
+            source.location,
+            revision=source.revision,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except OSError as error:
+        raise UserError(
+            f"no safetensors weights can be read from {source.location} at {source.revision} ({_one_line(error)}); "
+            "pickled weights are never opened: give the revision of the Hub's safetensors conversion (refs/pr/N, under "
+            "Community) or a converted local copy"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,231 @@
+"""FLOPs and memory of one training step, from the shapes alone (no weights, no torch).
+
+Legend, one row (or any set of rows): S tokens, S2 sum of the squared sample lengths, T supervised tokens, M images.
+Language model: L decoder layers, h hidden, f intermediate, d_q = heads * head_dim, d_kv = key/value heads * head_dim,
+N matmul weights of the decoder layers (no embedding, no head), V vocabulary. Vision encoder: L_v layers, all of which
+run, d_v hidden, f_v intermediate, N_v matmul weights of those layers, P tokens per image (patches and class token).
+Projector: N_p weights, I image tokens that it hands on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from huatuo_vision.recipe import LoraSpec, TrainSpec
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
+
+# Bytes that one decoder layer keeps for the backward, per token: (per h, per d_kv, per f). Measured on Llama layers
+# with torch.autograd.graph.saved_tensors_hooks, under bf16 autocast and in fp32; a frozen linear does not keep its
+# input.
+_KEPT_PER_TOKEN = {
+    ("bf16", "full"): (26, 4, 8),
+    ("bf16", "lora"): (24, 4, 8),
+    ("bf16", "frozen"): (12, 4, 6),
+    ("fp32", "full"): (32, 8, 16),
+    ("fp32", "lora"): (24, 8, 16),
+    ("fp32", "frozen"): (16, 8, 12),
+}
+# The same of a trained CLIP layer: (per d_v, per f_v).
+_KEPT_PER_PATCH = {"bf16": (16, 6), "fp32": (16, 12)}
+_OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}
+_NF4_BYTES = 0.55  # 4 bits and the doubly quantized scales
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a LLaVA that its FLOPs and memory depend on; the names are the legend's."""
+
+    layers: int  # L
+    hidden: int  # h
+    intermediate: int  # f
+    query_dim: int  # d_q
+    key_value_dim: int  # d_kv
+    vocabulary: int  # V
+    tied_embeddings: bool
+    vision_layers: int  # L_v
+    vision_hidden: int  # d_v
+    vision_intermediate: int  # f_v
+    vision_tokens: int  # P
+    patch_weights: int  # of the patch embedding
+    feature_layers: int  # hidden states that the projector reads, side by side
+    image_tokens: int  # I / M
+
+    @classmethod
+    def from_config(cls, config: LlavaConfig) -> ModelShape:
+        text, vision = config.text_config, config.vision_config
+        # Qwen2's config has no head_dim.
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        patches = (vision.image_size // vision.patch_size) ** 2
+        vision_tokens = patches + (vision.model_type == "clip_vision_model")  # SigLIP has no class token
+        return cls(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=text.intermediate_size,
+            query_dim=text.num_attention_heads * head_dim,
+            key_value_dim=text.num_key_value_heads * head_dim,
+            vocabulary=text.vocab_size,
+            tied_embeddings=text.tie_word_embeddings,
+            vision_layers=vision.num_hidden_layers,
+            vision_hidden=vision.hidden_size,
+            vision_intermediate=vision.intermediate_size,
+            vision_tokens=vision_tokens,
+            patch_weights=vision.num_channels * vision.patch_size**2 * vision.hidden_size,
+            feature_layers=1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer),
+            image_tokens=vision_tokens - (config.vision_feature_select_strategy == "default"),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """N."""
+        attention = 2 * self.hidden * (self.query_dim + self.key_value_dim)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def vision_layer_weights(self) -> int:
+        """N_v."""
+        d = self.vision_hidden
+        return self.vision_layers * (4 * d * d + 2 * d * self.vision_intermediate)
+
+    @property
+    def projector_weights(self) -> int:
+        """N_p."""
+        return self.hidden * (self.feature_layers * self.vision_hidden + self.hidden)
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Part -> matrix weights; norms and biases, some 0.1 %, are left out."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
+        positions = self.vision_tokens * self.vision_hidden
+        return {
+            "vision_encoder": self.vision_layer_weights + self.patch_weights + positions,
+            "projector": self.projector_weights,
+            "language_model": self.layer_weights + embeddings,
+        }
+
+    def lora_weights(self, lora: LoraSpec) -> int:
+        """r * A, A the sum of d_in + d_out over the adapted linears."""
+        h, f, q, kv = self.hidden, self.intermediate, self.query_dim, self.key_value_dim
+        return lora.r * self.layers * (2 * (h + q) + 2 * (h + kv) + 3 * (h + f))
+
+
+def forward_flops(
+    shape: ModelShape, *, tokens: int, squared_lengths: int, targets: int, images: int
+) -> dict[str, float]:
+    """FLOPs of one forward pass: vision_encoder, projector, linear, attention, logits.
+
+    Attention counts the causal half (2 L d_q S2; PaLM and Megatron count the full square, 4 L d_q S2), the
+    bidirectional vision encoder its whole square. Logits count only where there is a target. Left out, below 0.5 %
+    together on a 7B: the patch embedding, SigLIP's pooling head, norms and activations.
+    """
+    per_image = 2 * shape.vision_layer_weights * shape.vision_tokens
+    per_image += 4 * shape.vision_layers * shape.vision_hidden * shape.vision_tokens**2
+    return {
+        "vision_encoder": images * per_image,
+        "projector": 2 * shape.projector_weights * images * shape.image_tokens,
+        "linear": 2 * shape.layer_weights * tokens,
+        "attention": 2 * shape.layers * shape.query_dim * squared_lengths,
+        "logits": 2 * shape.vocabulary * shape.hidden * targets,
+    }
+
+
+def step_flops(
+    shape: ModelShape, train: TrainSpec, *, tokens: int, squared_lengths: int, targets: int, images: int
+) -> float:
+    """FLOPs that one step must spend, for MFU: forward and backward, no recompute.
+
+    A matmul's backward costs its forward once towards its input and once towards its weights; frozen weights need only
+    the first, and a frozen encoder, with nothing to train before it, neither. Attention has no weights, so its backward
+    is always twice its forward. LoRA adds 6 r A S. A trained projector counts three times, as in the usual formula,
+    although below its first linear a frozen encoder asks for nothing.
+    """
+    forward = forward_flops(shape, tokens=tokens, squared_lengths=squared_lengths, targets=targets, images=images)
+    language_model_in_full = bool(train.language_model and not train.lora)
+    passes = {
+        "vision_encoder": 3 if train.vision_encoder else 1,
+        "projector": 3 if train.projector else 2 if train.vision_encoder else 1,
+        "linear": 3 if language_model_in_full else 2,
+        "attention": 3,
+        "logits": 3 if language_model_in_full else 2,
+    }
+    flops = sum(forward[part] * passes[part] for part in forward)
+    if train.lora:
+        flops += 6 * shape.lora_weights(train.lora) * tokens
+    return flops
+
+
+def memory_estimate(
+    shape: ModelShape,
+    train: TrainSpec,
+    *,
+    optimizer_name: Literal["adamw", "adamw_8bit"],
+    precision: Literal["bf16", "fp32"],
+    world_size: int,
+    sharding: Literal["ddp", "zero2", "fsdp"],
+    row_tokens: int,
+    row_targets: int,
+    recompute: Literal["none", "all"] | int,
+) -> dict[str, int]:
+    """An estimate of one GPU's bytes: weights, gradients, optimizer, activations, logits. The allocator comes on top.
+
+    With F frozen and R trained weights, W processes, and b = 2 in bf16, 4 in fp32:
+
+    - weights: b F + 4 R, in bf16 + 2 R for the copy that computes; NF4 decoder weights 0.55 instead of b. ddp holds
+      all of it. zero2 holds b (F + R) and 1/W of the 4 R masters. fsdp holds 1/W of b F + 4 R, and gathered in b the
+      root (all but the sharded layers) and two decoder layers; NF4 weights stay whole.
+    - gradients: 4 R, over W in zero2 and fsdp; in ddp twice that from two processes on, for its buckets.
+    - optimizer: 8 R for adamw, 2 R for adamw_8bit, over W in zero2 and fsdp.
+    - activations: per decoder layer and token a h + b d_kv + c f, (a, b, c) measured per precision and way of training;
+      a trained vision encoder the same for as many images as the row could hold; a frozen one none. A recomputed layer
+      keeps its input (b h), and one layer at a time is whole. recompute n recomputes every n-th layer.
+    - logits: 12 T V: the log-softmax, the gradient behind it and the gradient before it, in fp32.
+    """
+    width = 2 if precision == "bf16" else 4
+    way = "lora" if train.lora else "full" if train.language_model else "frozen"
+    in_full = [part for part in train.parts if part != "language_model" or way == "full"]
+
+    lora = shape.lora_weights(train.lora) if train.lora else 0
+    trained = sum(shape.weights[part] for part in in_full) + lora
+    quantized = shape.layer_weights if train.lora and train.lora.quantize else 0
+    frozen = sum(shape.weights.values()) + lora - trained - quantized
+    copies = 2 * trained if precision == "bf16" else 0
+    shards = 1 if sharding == "ddp" else world_size
+
+    packed = _NF4_BYTES * quantized
+    if sharding == "ddp":
+        weights = packed + width * frozen + 4 * trained + copies
+    elif sharding == "zero2":
+        weights = packed + width * (frozen + trained) + (4 * trained / shards if precision == "bf16" else 0)
+    else:
+        sharded = shape.layer_weights - quantized + (shape.vision_layer_weights if train.vision_encoder else 0)
+        root = frozen + trained - lora - sharded
+        gathered = width * (root + 2 * (shape.layer_weights - quantized) / shape.layers)
+        weights = packed + (width * frozen + 4 * trained) / shards + gathered
+
+    buckets = 2 if sharding == "ddp" and world_size > 1 else 1
+    per_hidden, per_key_value, per_intermediate = _KEPT_PER_TOKEN[precision, way]
+    layer = row_tokens * (
+        per_hidden * shape.hidden + per_key_value * shape.key_value_dim + per_intermediate * shape.intermediate
+    )
+    activations = _kept(shape.layers, layer, width * shape.hidden * row_tokens, recompute)
+    if train.vision_encoder:
+        patches = row_tokens // shape.image_tokens * shape.vision_tokens
+        per_hidden, per_intermediate = _KEPT_PER_PATCH[precision]
+        layer = patches * (per_hidden * shape.vision_hidden + per_intermediate * shape.vision_intermediate)
+        activations += _kept(shape.vision_layers, layer, width * shape.vision_hidden * patches, recompute)
+    return {
+        "weights": round(weights),
+        "gradients": round(4 * trained * buckets / shards),
+        "optimizer": round(_OPTIMIZER_BYTES[optimizer_name] * trained / shards),
+        "activations": activations,
+        "logits": 12 * row_targets * shape.vocabulary,
+    }
+
+
+def _kept(layers: int, layer_bytes: int, input_bytes: int, recompute: Literal["none", "all"] | int) -> int:
+    if recompute == "none":
+        return layers * layer_bytes
+    recomputed = layers if recompute == "all" else -(-layers // recompute)
+    return (layers - recomputed) * layer_bytes + recomputed * input_bytes + layer_bytes

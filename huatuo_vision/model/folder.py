@@ -1,0 +1,237 @@
+"""Model folders: what is written to disk, under which names, and how it is loaded again.
+
+A folder is a plain `LlavaForConditionalGeneration` checkpoint that transformers 4.57 and 5.x, vLLM and
+SGLang load without code of ours. Its tensors carry the names that all of those know; transformers 5
+itself would save a composed vision tower under shorter names, which 4.x drops behind a warning.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from huatuo_vision.schema import UserError
+
+# Everything of a model folder but its weights; each phase carries these files over from the one before.
+PROCESSOR_FILES = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+MAX_SHARD_SIZE = "5GB"
+
+# Names of modules in memory (transformers 5) and of tensors on disk.
+_PREFIXES = (
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+
+def canonical_name(module_name: str) -> str:
+    """The name on disk of a tensor in memory. Raises ValueError for a name that no LLaVA model has."""
+    for module_prefix, canonical_prefix in _PREFIXES:
+        if module_name.startswith(module_prefix):
+            return canonical_prefix + module_name.removeprefix(module_prefix)
+    raise ValueError(f"{module_name} is not a parameter of LlavaForConditionalGeneration")
+
+
+def module_name(canonical: str) -> str:
+    """The inverse of `canonical_name`."""
+    for module_prefix, canonical_prefix in _PREFIXES:
+        if canonical.startswith(canonical_prefix):
+            return module_prefix + canonical.removeprefix(canonical_prefix)
+    raise ValueError(f"{canonical} is not the name of a tensor in a LLaVA checkpoint")
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when the block ends well, and vanishes when it does not."""
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_config(folder: Path, config: LlavaConfig) -> None:
+    """config.json as both transformers 4.57 and 5.x read it, whatever training switched in `config`."""
+    values = json.loads(config.to_json_string())
+    for part in (values, values["text_config"], values["vision_config"]):
+        for key in ("_name_or_path", "auto_map", "quantization_config"):
+            part.pop(key, None)
+        part["dtype"] = values["dtype"]
+    values["architectures"] = ["LlavaForConditionalGeneration"]
+    text = values["text_config"]
+    # Training switches the cache off, so that packed samples stay apart; a saved model generates with it.
+    text["use_cache"] = True
+    # 4.x knows no rope_parameters and would take its default base of 10000 without a word.
+    rope = text["rope_parameters"]
+    text["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_weights(folder: Path, state_dict: Mapping[str, Tensor], config: LlavaConfig) -> None:
+    """Shards of safetensors (and their index), from tensors under their names in memory. A tied head is left out."""
+    tied = config.tie_word_embeddings
+    canonical = {
+        canonical_name(name): tensor for name, tensor in state_dict.items() if not (tied and name == "lm_head.weight")
+    }
+    save_torch_state_dict(canonical, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
+
+
+def save_model_folder(folder: Path, state_dict: Mapping[str, Tensor], config: LlavaConfig, source_folder: Path) -> None:
+    """A whole model folder, complete or not there at all; what stood in its place is replaced.
+
+    Processor, tokenizer and chat template are `source_folder`'s. Raises RuntimeError, and writes nothing,
+    when the tensors are not exactly those that the config's model has.
+    """
+    config = copy.deepcopy(config)
+    # With parts in different precisions the widest is named, so that loading loses nothing.
+    config.dtype = max((t.dtype for t in state_dict.values() if t.is_floating_point()), key=lambda d: d.itemsize)
+    with replacing(folder) as new:
+        for name in PROCESSOR_FILES:
+            shutil.copyfile(source_folder / name, new / name)
+        write_config(new, config)
+        save_weights(new, state_dict, config)
+        check_weights(new)
+
+
+def check_weights(folder: Path) -> None:
+    """Raises RuntimeError unless the tensors on disk are, in name and shape, those of the config's model."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    expected = {
+        canonical_name(name): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    found = tensor_shapes(folder)
+    wrong = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]),
+    }
+    if any(wrong.values()):
+        raise RuntimeError(f"{folder} does not hold the model that its config.json describes: {_listing(wrong)}")
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all tensors in a folder's safetensors files, read from their headers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | str,
+    model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration,
+    quantization_config: Any = None,
+    device_map: Any = None,
+) -> PreTrainedModel:
+    """The model of a folder, or the base model with a folder's adapter on it (a PeftModel, for inference).
+
+    Raises UserError naming the keys when a single tensor is missing, left over or of another shape:
+    transformers by itself would go on with random weights.
+    """
+    adapter_config = Path(folder) / "adapter_config.json"
+    if adapter_config.is_file():
+        base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = load_model(
+            base,
+            dtype=dtype,
+            model_class=model_class,
+            quantization_config=quantization_config,
+            device_map=device_map,
+        )
+        return _with_adapter(model, Path(folder))
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantization_config,
+            device_map=device_map,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise UserError(f"no model can be loaded from {folder}: {' '.join(str(error).split())}") from None
+    check_loaded(f"{folder}", info)
+    return model
+
+
+def check_loaded(
+    where: str, info: Mapping[str, Collection[str]], ignored: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Raises UserError unless `from_pretrained`'s loading info says that every tensor found its place."""
+    wrong = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(name for name in info["unexpected_keys"] if not ignored(name)),
+        "of another shape": sorted(str(name) for name in info["mismatched_keys"]),
+    }
+    if any(wrong.values()):
+        raise UserError(
+            f"the weights of {where} do not fit its config.json: {_listing(wrong)}; "
+            "the checkpoint is damaged or of another kind, choose another"
+        )
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapted = PeftModel.from_pretrained(model, folder)
+    expected, found = (
+        get_peft_model_state_dict(adapted, save_embedding_layers=False).keys(),
+        tensor_shapes(folder).keys(),
+    )
+    wrong = {"missing": sorted(expected - found), "unexpected": sorted(found - expected)}
+    if any(wrong.values()):
+        raise UserError(
+            f"the adapter in {folder} does not fit its base model: {_listing(wrong)}; was it trained on it?"
+        )
+    return adapted
+
+
+def _listing(problems: Mapping[str, list[str]], shown: int = 4) -> str:
+    """`3 missing (a, b, c), 1 unexpected (d)`."""
+    return ", ".join(
+        f"{len(names)} {what} ({', '.join(names[:shown])}{', ...' if len(names) > shown else ''})"
+        for what, names in problems.items()
+        if names
+    )

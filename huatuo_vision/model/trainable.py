@@ -1,0 +1,177 @@
+"""Which parts of a LLaVA train, and how: freezing, LoRA and QLoRA, optimizer groups, FSDP's wrapping.
+
+Everything here decides by parameter name, in the layout that transformers 5 has in memory (`model.vision_tower.*`,
+`model.multi_modal_projector.*`, `model.language_model.*`, `lm_head.*`), whatever PEFT, DDP, FSDP or compile put
+around it.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import dtype, nn
+
+from huatuo_vision.recipe import PARTS, TrainSpec
+from huatuo_vision.schema import UserError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, LlavaConfig
+
+Part = Literal["vision_encoder", "projector", "language_model"]
+
+PART_OF_MODULE: dict[str, Part] = {
+    "vision_tower": "vision_encoder",
+    "multi_modal_projector": "projector",
+    "language_model": "language_model",
+    "lm_head": "language_model",
+}
+
+# PEFT matches a string against the whole module name. "all-linear" would also hit the tower and both projector linears.
+LORA_TARGETS = (
+    r"model\.language_model\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_proj|up_proj|down_proj))"
+)
+
+# Matched from the start of the full name or as its end, so "vision_tower" alone would leave the tower to be quantized.
+NOT_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+
+
+def part_of(parameter_name: str) -> Part:
+    """The part that a parameter belongs to, under any wrapper's prefixes. Raises ValueError for a name of no part."""
+    for step in parameter_name.split("."):
+        if step in PART_OF_MODULE:
+            return PART_OF_MODULE[step]
+    raise ValueError(
+        f"parameter {parameter_name!r} belongs to no part; expected one of {', '.join(PART_OF_MODULE)} in its name"
+    )
+
+
+def vision_layers_read(config: LlavaConfig) -> int:
+    """How many encoder layers stand before the last hidden state that the projector reads (0: the embeddings)."""
+    layers, wanted = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    states = [wanted] if isinstance(wanted, int) else wanted
+    # hidden_states holds the embeddings' output and then one state per layer.
+    return max(state if state >= 0 else layers + 1 + state for state in states)
+
+
+def freeze(model: nn.Module, train: TrainSpec) -> None:
+    """Leaves requires_grad on for the parts that train in full, and off for all else.
+
+    Of a trained vision encoder, what the feature layer never reads (the layers after it, the post-layernorm, SigLIP's
+    pooling head) stays frozen: it gets no gradient, at which DDP stops in its second step. With LoRA the language
+    model's own weights stay frozen.
+    """
+    in_full = [part for part in train.parts if not (part == "language_model" and train.lora)]
+    layers_read = vision_layers_read(model.config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in in_full and not _never_read(name, layers_read))
+
+
+def _never_read(name: str, layers_read: int) -> bool:
+    if part_of(name) != "vision_encoder":
+        return False
+    layer = re.search(r"\bencoder\.layers\.(\d+)\.", name)
+    if layer:
+        return int(layer[1]) >= layers_read
+    return re.search(r"\bvision_tower\.(post_layernorm|head)\.", name) is not None
+
+
+def apply_training(model: nn.Module, train: TrainSpec) -> nn.Module:
+    """The model ready to train: frozen where the recipe says so, in a PeftModel where it says LoRA.
+
+    LoRA adapts the linears of the decoder layers only; the projector trains in full beside it and is saved with it
+    (`modules_to_save`). What trains becomes fp32, since an update of 1e-5 is lost in a bf16 weight: run bf16 under
+    autocast.
+    """
+    freeze(model, train)
+    if train.lora:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=train.lora.r,
+            lora_alpha=train.lora.alpha,
+            lora_dropout=train.lora.dropout,
+            target_modules=LORA_TARGETS,
+            modules_to_save=["multi_modal_projector"],
+        )
+        model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        # Under ZeRO-3 a parameter is an empty placeholder, and DeepSpeed keeps the fp32 weights itself.
+        if parameter.requires_grad and not hasattr(parameter, "ds_numel"):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def quantization_config(train: TrainSpec, compute_dtype: dtype) -> BitsAndBytesConfig | None:
+    """How to load the frozen language model for QLoRA (arXiv:2305.14314: NF4, double quantization), or None.
+
+    Tower, projector and lm_head stay as they are. Raises UserError where bitsandbytes is missing.
+    """
+    if not (train.lora and train.lora.quantize):
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"train.language_model.lora.quantize: {train.lora.quantize} needs bitsandbytes, which is not installed; "
+            "run pip install bitsandbytes, or remove quantize for LoRA on unquantized weights"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
+    )
+
+
+def parameter_groups(model: nn.Module, train: TrainSpec, weight_decay: float) -> list[dict[str, Any]]:
+    """The optimizer's groups (params, lr, weight_decay, name): per trained part, its biases and norms undecayed."""
+    groups = {}
+    for part in train.parts:
+        lr = getattr(train, part).lr
+        groups[part] = {"params": [], "lr": lr, "weight_decay": weight_decay, "name": part}
+        groups[f"{part}/no_decay"] = {"params": [], "lr": lr, "weight_decay": 0.0, "name": f"{part}/no_decay"}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        part = part_of(name)
+        assert part in train.parts, f"{name} requires a gradient, but the recipe freezes the {part}"
+        # ZeRO-3 keeps the true shape beside a flat shard.
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        undecayed = dimensions < 2 or name.endswith(".bias")
+        groups[f"{part}/no_decay" if undecayed else part]["params"].append(parameter)
+    grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    assert sorted(grouped) == sorted(map(id, trained.values())), "every trained parameter belongs in exactly one group"
+    return [group for group in groups.values() if group["params"]]
+
+
+def parameter_counts(model: nn.Module) -> dict[Part, tuple[int, int]]:
+    """Part -> (trainable, total) weights, however they are packed or sharded."""
+    counts = dict.fromkeys(PARTS, (0, 0))
+    for name, parameter in model.named_parameters():
+        # PEFT keeps the projector it started from beside the trained copy, and runs only the copy.
+        if "original_module" in name.split("."):
+            continue
+        part, elements = part_of(name), _elements(parameter)
+        trainable, total = counts[part]
+        counts[part] = (trainable + elements * parameter.requires_grad, total + elements)
+    return counts
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    if hasattr(parameter, "ds_numel"):  # ZeRO-3
+        return parameter.ds_numel
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes: two 4-bit weights to a byte
+    return parameter.numel() if packed is None else packed.shape.numel()
+
+
+def fsdp_wrap_classes(model: nn.Module, train: TrainSpec) -> list[str]:
+    """The layer classes that FSDP shards one by one.
+
+    The list that transformers derives names classes that a vision-only tower lacks, which accelerate refuses. The
+    layers of a frozen tower stay together in the root.
+    """
+    stacks = ["language_model.layers"] + (["vision_tower.encoder.layers"] if train.vision_encoder else [])
+    first_layers = tuple(f"{stack}.0" for stack in stacks)
+    return sorted({type(module).__name__ for name, module in model.named_modules() if name.endswith(first_layers)})

@@ -1,0 +1,283 @@
+"""One phase: from a model folder and prepared data to the next model folder. The only training function there is."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoConfig, TrainingArguments
+
+from huatuo_vision.inputs.encode import Encoder
+from huatuo_vision.inputs.plan import StepPlan, plan_steps
+from huatuo_vision.inputs.prepare import Pool
+from huatuo_vision.inputs.rows import PlannedRows
+from huatuo_vision.inputs.sources import Source
+from huatuo_vision.model.attention import choose_attention
+from huatuo_vision.model.flops import ModelShape, step_flops
+from huatuo_vision.model.folder import load_model, save_model_folder
+from huatuo_vision.model.llava import as_packed, recompute
+from huatuo_vision.model.merge import save_adapter
+from huatuo_vision.model.trainable import apply_training, fsdp_wrap_classes, parameter_counts, quantization_config
+from huatuo_vision.recipe import PhaseSpec, Recipe
+from huatuo_vision.run_record import write_json
+from huatuo_vision.schema import UserError
+from huatuo_vision.training.checkpoint import latest_checkpoint, read_manifest
+from huatuo_vision.training.console import ProgressLog
+from huatuo_vision.training.trainer import PhaseTrainer
+
+_SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class PhaseData:
+    """A phase's prepared samples, and the plan of its steps."""
+
+    pool: Pool
+    plan: StepPlan
+    sources: dict[str, Source]
+    encoder: Encoder
+    shape: ModelShape
+
+
+def plan_phase(
+    recipe: Recipe, name: str, pool: Pool, sources: dict[str, Source], encoder: Encoder, shape: ModelShape, world_size: int
+) -> PhaseData:
+    phase = recipe.phases[name]
+    plan = plan_steps(
+        pool.tokens,
+        pool.images,
+        pool.targets,
+        sample_cost(shape, phase, pool),
+        global_batch_size=phase.global_batch_size,
+        world_size=world_size,
+        epochs=phase.epochs,
+        max_row_tokens=phase.max_row_tokens,
+        max_row_images=phase.max_row_images,
+        seed=recipe.seed,
+    )
+    return PhaseData(pool, plan, sources, encoder, shape)
+
+
+def sample_cost(shape: ModelShape, phase: PhaseSpec, pool: Pool) -> np.ndarray:
+    """(n,) FLOPs of training on each sample: what rows are balanced by."""
+    tokens, targets, images = (array.astype(np.float64) for array in (pool.tokens, pool.targets, pool.images))
+    return step_flops(shape, phase.train, tokens=tokens, squared_lengths=tokens**2, targets=targets, images=images)
+
+
+def run_phase(recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path, console: Console) -> dict[str, Any]:
+    """Train one phase from the model folder `start` and write `out/<name>/model`; resumes from `out/<name>`.
+
+    Returns what the run record says of the phase. Every process calls it.
+    """
+    phase, folder = recipe.phases[name], out / name
+    state = PartialState()
+    arguments = _training_arguments(recipe, name, folder, data.plan)  # before the model: ZeRO-3 shards while loading
+    _check_world(arguments)
+    checkpoint = _agree_on_checkpoint(folder, state, arguments, console)
+    model = _build_model(phase, start, arguments.device, data.shape)
+    counts = parameter_counts(model)
+
+    def row_flops(stats: dict[str, int]) -> float:
+        wanted = ("tokens", "squared_lengths", "targets", "images")
+        return step_flops(data.shape, phase.train, **{key: stats[key] for key in wanted})
+
+    trainer = PhaseTrainer(
+        phase,
+        PlannedRows(data.plan, data.pool, data.sources, data.encoder),
+        row_flops,
+        model=model,
+        args=arguments,
+    )
+    progress = ProgressLog(out / "log.jsonl", name, console, names=_run_name(recipe, name))
+    progress.attach(trainer, resumed_step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    if checkpoint is not None:
+        trainer.elapsed_before = read_manifest(checkpoint)["elapsed_seconds"]
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _export(trainer, start, folder / "model", phase)
+    return {
+        "fingerprint": recipe.fingerprint(name),
+        "train": phase.train.model_dump(mode="json", exclude_none=True),
+        "samples": len(data.plan.order),
+        "dropped_last_step": data.plan.dropped_per_epoch * phase.epochs,
+        "optimizer_steps": data.plan.steps,
+        "global_batch_size": phase.global_batch_size,
+        "accumulation": data.plan.accumulation,
+        "epochs": phase.epochs,
+        "supervised_tokens": int(data.plan.step_targets.sum()),
+        "trainable_parameters": {part: trainable for part, (trainable, _) in counts.items()},
+        "attention": model_attention(trainer.model),
+        "final_loss": progress.last_loss,
+        "mean_loss_since_start": result.training_loss,
+        "train_seconds": round(trainer.elapsed_seconds, 1),
+    }
+
+
+def model_attention(model: torch.nn.Module) -> str:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.config.text_config._attn_implementation
+
+
+def _training_arguments(recipe: Recipe, name: str, folder: Path, plan: StepPlan) -> TrainingArguments:
+    phase = recipe.phases[name]
+    on_cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        run_name=_run_name(recipe, name),
+        project=recipe.name,
+        report_to=list(recipe.report_to),
+        per_device_train_batch_size=1,  # one row; the samples in it are the plan's business
+        gradient_accumulation_steps=plan.accumulation,
+        num_train_epochs=1,  # all epochs are one plan
+        lr_scheduler_type=_SCHEDULERS[phase.schedule.name],
+        warmup_steps=math.ceil(phase.schedule.warmup_ratio * plan.steps),
+        max_grad_norm=phase.optimizer.max_grad_norm,
+        bf16=phase.precision == "bf16",
+        logging_steps=phase.log_every,
+        logging_nan_inf_filter=False,  # it waits for the device at every row and hides what must stop the run
+        save_strategy="steps",
+        save_steps=phase.save_every,
+        remove_unused_columns=False,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=on_cuda,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=False,  # the plan knows the step's supervised tokens
+        disable_tqdm=True,
+        seed=recipe.seed,
+        use_cpu=not on_cuda,
+    )
+
+
+def _run_name(recipe: Recipe, phase: str) -> str:
+    return f"{recipe.name}-{phase}"
+
+
+def _check_world(arguments: TrainingArguments) -> None:
+    """`accelerate launch` can silently start processes that each believe they are alone; refuse to train then."""
+    from huatuo_vision.training.launch import launched_world
+
+    state, asked = PartialState(), launched_world()
+    if state.num_processes != asked.processes:
+        raise UserError(
+            f"{asked.processes} processes were launched but this one is in a world of {state.num_processes}, so each would "
+            "train alone; on the CPU start with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
+            f"{asked.processes}"
+        )
+    for wanted, got in ((asked.fsdp, "FSDP"), (asked.deepspeed, "DEEPSPEED")):
+        kind = arguments.distributed_state.distributed_type.value
+        if wanted and got == "FSDP" and arguments.device.type == "cpu":
+            raise UserError("FSDP was asked for, but accelerate runs it on accelerators only; on the CPU use ddp.yaml")
+        if wanted and got == "DEEPSPEED" and kind != "DEEPSPEED":
+            raise UserError(f"DeepSpeed was asked for, but accelerate started {kind}; check the accelerate config")
+
+
+def _agree_on_checkpoint(
+    folder: Path, state: PartialState, arguments: TrainingArguments, console: Console
+) -> Path | None:
+    """The checkpoint to resume from, checked by the main process and the same on every process."""
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, []]
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = list(latest_checkpoint(folder))
+        for sentence in found[1]:
+            console.print(f"[yellow]{sentence}; the one before it is used[/yellow]")
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    checkpoint = found[0]
+    if checkpoint is None:
+        return None
+    manifest = read_manifest(checkpoint)
+    world = (manifest["distributed_type"], manifest["world_size"])
+    if "DEEPSPEED" in (world[0], state.distributed_type.value) and world != (
+        state.distributed_type.value,
+        state.num_processes,
+    ):
+        raise UserError(
+            f"{checkpoint} was written by {world[1]} processes under {world[0]} and this is {state.num_processes} under "
+            f"{state.distributed_type.value}; under DeepSpeed a run resumes on the same number of processes only"
+        )
+    console.print(f"resuming {folder.name} from {checkpoint}")
+    return checkpoint
+
+
+def _build_model(phase: PhaseSpec, start: Path, device: torch.device, shape: ModelShape) -> torch.nn.Module:
+    dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
+    _check_window(AutoConfig.from_pretrained(start), phase)
+    attention = choose_attention(phase.attention, device=device, precision=phase.precision)
+    model = as_packed(load_model(start, dtype=dtype, quantization_config=quantization_config(phase.train, dtype)))
+    model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
+    model.config.text_config.use_cache = False
+    model = apply_training(model, phase.train)
+    # What trains has fp32 master weights (autocast computes in bf16); what is frozen stays as it was loaded.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if phase.recompute != "none":
+        recompute(base, every=1 if phase.recompute == "all" else phase.recompute, vision=bool(phase.train.vision_encoder))
+    if phase.compile:
+        for layer in base.model.language_model.layers:
+            layer.compile(dynamic=True)
+    base._no_split_modules = fsdp_wrap_classes(base, phase.train)  # what accelerate's FSDP wraps
+    return model
+
+
+def _check_window(config: Any, phase: PhaseSpec) -> None:
+    text = config.text_config
+    window = text.to_dict().get("sliding_window") if text.to_dict().get("use_sliding_window", True) else None
+    if window is not None and window < phase.max_sample_tokens:
+        raise UserError(
+            f"the language model attends to the last {window} tokens only, and max_sample_tokens is "
+            f"{phase.max_sample_tokens}; lower max_sample_tokens to {window}"
+        )
+
+
+def _export(trainer: PhaseTrainer, start: Path, target: Path, phase: PhaseSpec) -> None:
+    """The trained model as a folder that stock transformers loads; gathered from all ranks, written by the main one."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if isinstance(model, PeftModel):
+        if trainer.args.should_save:
+            save_adapter(model, target, start)
+    else:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # full, on the main process
+        if trainer.args.should_save:
+            dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
+            save_model_folder(target, {n: w.to(dtype) for n, w in weights.items()}, model.config, start)
+    trainer.accelerator.wait_for_everyone()
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """A finished phase is its model folder; the optimizer states, several times its size, are not needed again."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def record_plan(folder: Path, data: PhaseData) -> None:
+    """Write down which data the phase began with. Raises UserError where a resumed phase finds other data."""
+    import hashlib
+    import json
+
+    digest = hashlib.sha256()
+    for array in (data.pool.source, data.pool.row, data.pool.tokens, data.pool.targets, data.pool.images):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    facts = {"samples": len(data.pool), "sha256": digest.hexdigest()}
+    path = folder / "data.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before != facts:
+            raise UserError(
+                f"the data of phase {folder.name} changed since it began ({before['samples']} samples then, "
+                f"{facts['samples']} now); put the old data back, or start over with --fresh"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, facts)

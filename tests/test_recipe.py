@@ -1,0 +1,183 @@
+"""A recipe says everything, and what it gets wrong is said in one sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from huatuo_vision.recipe import Recipe, differing_keys, load_recipe, save_recipe
+from huatuo_vision.schema import UserError
+
+ROOT = Path(__file__).parent.parent
+
+SMALL = {
+    "name": "small",
+    "model": {
+        "vision_encoder": {"config": {"model_type": "clip_vision_model"}},
+        "language_model": {"config": {"model_type": "llama"}, "tokenizer": {"vocab_size": 512}},
+    },
+    "data": {
+        "captions": {"adapter": "phantom", "config": "alignment", "train": 10},
+        "questions": {"adapter": "phantom", "config": "instruction", "train": 10},
+    },
+    "phases": {
+        "align": {"data": [{"source": "captions"}], "train": {"projector": {"lr": "1e-3"}}, "global_batch_size": 4},
+        "instruct": {
+            "data": [{"source": "questions"}],
+            "train": {"projector": {"lr": 2.0e-5}, "language_model": {"lr": 2.0e-5}},
+            "global_batch_size": 4,
+        },
+    },
+}
+
+
+def write(folder: Path, values: dict, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    return write(tmp_path, SMALL)
+
+
+SHIPPED = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
+
+
+def test_every_shipped_recipe_resolves():
+    assert len(SHIPPED) >= 4
+    for path in SHIPPED:
+        assert load_recipe(path).phases
+
+
+REFUSED = [
+    ("phases.align.epoch=2", "phases.align: unknown key 'epoch'; did you mean 'epochs'?"),
+    ("phases.aling.epochs=2", "unknown phase; expected one of text, align, instruct, anneal, did you mean 'align'?"),
+    ("modle.x=1", "unknown key 'modle'; did you mean 'model'?"),
+    ("phases.align.schedule.warmup=1", "phases.align.schedule: unknown key 'warmup'; did you mean 'warmup_ratio'?"),
+    ("phases.align.data.0.sorce=x", "phases.align.data.0: unknown key 'sorce'; did you mean 'source'?"),
+    ("phases.instruct.train.language_model.lora={rank: 2}", "language_model.lora: unknown key 'rank'; valid keys: r, alpha"),
+    ("phases.align.epochs=two", "phases.align.epochs: got 'two' (str); input should be a valid integer"),
+    ("phases.align.epochs=0", "phases.align.epochs: got 0 (int); input should be greater than 0"),
+    ("phases.align.train.projector=true", "phases.align.train.projector: true does not say how to train this part"),
+    ("phases.align.recompute=some", "phases.align.recompute: got 'some'; expected none, all, or a number n"),
+    ("phases.align.schedule.name=cos", "phases.align.schedule.name: got 'cos' (str); input should be 'cosine', 'linear'"),
+    ("data.captions.adapter=coco", "data.captions.adapter: got 'coco' (str); input should be 'pubmedvision'"),
+    ("phases.align.max_row_tokens=100", "max_sample_tokens 4096 is above max_row_tokens 100"),
+    ("phases.align.train={}", "every part is frozen"),
+    ("phases.align.train.projector=false", "every part is frozen"),
+    ("phases.instruct.train={language_model: {lr: 1, lora: {}}}", "lora trains the projector in full"),
+    ("phases.align.data=[{source: captionz}]", "names the source 'captionz'; data has: captions, questions"),
+    ("phases.align.data=[{source: captions, weight: 1}, {source: questions}]", "a weight beside rows says nothing"),
+    ("phases.align.data=[{source: captions, weight: 1, rows: 1}]", "give rows or weight, not both"),
+    ("phases.align.data=[{source: captions}, {source: captions}]", "a source stands twice"),
+    ("model.language_model.tokenizer=null", "has no tokenizer"),
+    ("model.vision_encoder.path=x", "give exactly one of id, path, config; got path and config"),
+    ("data.captions.path=x", "adapter phantom makes its own data; remove path"),
+    ("data.captions.train=null", "adapter phantom needs train"),
+    ("data.captions={adapter: llava}", "give exactly one of path, hub_id; got none of them"),
+    ("data.captions={adapter: pubmedvision, path: x}", "adapter pubmedvision needs config"),
+    ("data.captions={adapter: llava, path: x, config: chinese}", "belong to adapter pubmedvision"),
+    ("data.captions={adapter: captions, path: x, seed: 1}", "seed belong to adapter phantom"),
+    ("hub.push=final", "push: final needs a repo_id and a license"),
+    ("name=../x", "name: got '../x' (str); string should match"),
+    ("no-equals-sign", "expected key=value"),
+    ("seed.x.y=1", "seed: got {'x': {'y': 1}} (dict)"),
+    ("phases.align.data.7.source=x", "has no key '7'"),
+]
+
+
+@pytest.mark.parametrize(("override", "sentence"), REFUSED, ids=[override for override, _ in REFUSED])
+def test_refusals_are_one_sentence_that_names_the_key(small, override, sentence):
+    with pytest.raises(UserError) as caught:
+        load_recipe(small, [override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("", "is empty or not a mapping"), ("a: [", "is not a YAML file"), ("- 1", "is empty or not a mapping"), ("x: 1", "unknown")],
+)
+def test_a_file_that_is_no_recipe(tmp_path, text, sentence):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_overrides_reach_defaults_and_lists(small):
+    recipe = load_recipe(small, ["phases.align.optimizer.max_grad_norm=0.5", "phases.align.data.0.rows=3", "seed=7"])
+    assert recipe.phases["align"].optimizer.max_grad_norm == 0.5
+    assert recipe.phases["align"].data[0].rows == 3
+    assert recipe.seed == 7
+
+
+def test_scientific_notation_that_yaml_reads_as_text_is_a_number(small):
+    assert load_recipe(small).phases["align"].train.projector.lr == 1e-3
+
+
+def test_a_resolved_recipe_loads_to_the_same_recipe(small, tmp_path):
+    recipe = load_recipe(small, ["hub.push=final", "hub.repo_id=a/b", "hub.license=mit"])
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    again = load_recipe(tmp_path / "resolved.yaml")
+    assert again == recipe
+    assert again.fingerprint() == recipe.fingerprint()
+
+
+def test_base_and_ablates(tmp_path):
+    write(tmp_path, SMALL, "base.yaml")
+    change = {"name": "b", "base": "base.yaml", "phases": {"align": {"epochs": 2}}}
+    with pytest.raises(UserError, match=r"differs from its base in phases.align.epochs, which ablates does not name"):
+        load_recipe(write(tmp_path, change))
+    recipe = load_recipe(write(tmp_path, change | {"ablates": ["phases.align.epochs"]}))
+    assert recipe.phases["align"].epochs == 2
+    assert recipe.phases["instruct"] == load_recipe(tmp_path / "base.yaml").phases["instruct"]
+    write(tmp_path, change | {"ablates": ["phases.align.epochs"]}, "middle.yaml")
+    with pytest.raises(UserError, match="one level deep"):
+        load_recipe(write(tmp_path, {"name": "c", "base": "middle.yaml"}))
+
+
+def test_fingerprint_is_of_what_is_learnt(small):
+    recipe = load_recipe(small)
+    for operational in ("name=other", "workers=0", "phases.align.max_row_tokens=9000", "phases.align.recompute=all"):
+        assert load_recipe(small, [operational]).fingerprint() == recipe.fingerprint(), operational
+    for learnt in ("seed=1", "phases.align.epochs=2", "model.feature_layer=-1", "data.captions.train=11"):
+        assert load_recipe(small, [learnt]).fingerprint() != recipe.fingerprint(), learnt
+    later = load_recipe(small, ["phases.instruct.epochs=2"])
+    assert later.fingerprint("align") == recipe.fingerprint("align")
+    assert differing_keys(later, recipe) == ["phases.instruct.epochs"]
+
+
+def test_schema_is_printed_and_forbids_unknown_keys():
+    done = subprocess.run(
+        [sys.executable, "-m", "huatuo_vision.recipe", "--schema"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    schema = json.loads(done.stdout)
+    assert schema == Recipe.model_json_schema()
+    objects = [schema, *(d for d in schema["$defs"].values() if d["type"] == "object")]
+    assert len(objects) > 15
+    assert all(o["additionalProperties"] is False for o in objects)
+
+
+@pytest.mark.parametrize("override", ["phases.align.epoch=2", "phases.align.epochs=two", "hub.push=final"])
+def test_the_command_says_it_without_a_traceback(small, override):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--recipe", str(small), "--set", override], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: recipe")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_answers_without_importing_torch():
+    code = "import sys, runpy; sys.argv=['train.py','--help']\ntry: runpy.run_path('train.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--recipe", "--phase", "--set", "--out", "--fresh", "--dry-run"):
+        assert flag in done.stdout

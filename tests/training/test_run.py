@@ -1,0 +1,207 @@
+"""train.py from end to end on the tiny recipe."""
+
+import json
+import random
+
+import pytest
+import safetensors.torch
+import torch
+
+from huatuo_vision.training.checkpoint import latest_checkpoint, read_manifest
+from tests.training.conftest import largest_difference, log_lines, weights
+
+
+def changed_parts(before, after) -> set[str]:
+    a, b = weights(before), weights(after)
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+def test_the_run_folder_is_what_the_design_says(finished):
+    for name in ("recipe.yaml", "run.json", "log.jsonl", "loss.png", "prepare/report.json"):
+        assert (finished / name).is_file(), name
+    for folder in ("align/model", "instruct/model", "final"):
+        names = {path.name for path in (finished / folder).iterdir()}
+        assert {"model.safetensors", "config.json", "processor_config.json", "preprocessor_config.json"} <= names
+        assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "recipe.yaml", "run.json"} <= names
+        assert not [n for n in names if n.endswith((".bin", ".pt", ".pth"))]
+    assert (finished / "final/model.safetensors").samefile(finished / "instruct/model/model.safetensors")
+    assert not list(finished.glob("*/checkpoint-*"))
+
+
+def test_the_model_loads_in_stock_transformers(finished):
+    from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+    model, info = AutoModelForImageTextToText.from_pretrained(finished / "final", output_loading_info=True)
+    assert type(model) is LlavaForConditionalGeneration
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(AutoProcessor.from_pretrained(finished / "final")).__name__ == "LlavaProcessor"
+    assert "huatuo" not in (finished / "final/config.json").read_text()
+
+
+def test_each_phase_changes_what_it_trains_and_nothing_else(finished):
+    align = changed_parts(finished / "base", finished / "align/model")
+    assert align and all(name.startswith("multi_modal_projector.") for name in align)
+    instruct = changed_parts(finished / "align/model", finished / "instruct/model")
+    everything = set(weights(finished / "base"))
+    # Feature layer -2 of two layers: the last layer and the norm behind it are never read and stay as they were.
+    unread = {n for n in everything if "vision_model.encoder.layers.1." in n or "post_layernorm" in n}
+    assert instruct == everything - unread
+
+
+def test_the_log_has_every_measure(finished):
+    lines = log_lines(finished, ("phase", "step", "loss", "grad_norm", "lr/projector", "data_wait_share"))
+    assert [line[:2] for line in lines] == [("align", 4), ("align", 8), ("align", 12), ("instruct", 4), ("instruct", 8), ("instruct", 12)]
+    assert all(value is not None for line in lines for value in line)
+    last = json.loads((finished / "log.jsonl").read_text().splitlines()[-1])
+    for key in ("lr/vision_encoder", "lr/language_model", "supervised_tokens_per_second", "samples_per_second", "peak_memory_gib"):
+        assert last[key] > 0, key
+
+
+def test_the_record_counts_what_was_trained(finished):
+    record = json.loads((finished / "run.json").read_text())
+    report = json.loads((finished / "prepare/report.json").read_text())
+    assert record["data"]["captions"]["kept"] == report["sources"]["captions"]["kept"]
+    align = record["phases"]["align"]
+    assert align["samples"] == align["optimizer_steps"] * 8 == 96
+    assert align["trainable_parameters"]["language_model"] == 0
+    assert record["base_models"]["language_model"] == {"config": "random weights"}
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["image_backend"] == "pil"
+
+
+def test_the_same_command_again_trains_nothing(launcher, finished):
+    before = (finished / "final/model.safetensors").stat().st_mtime_ns
+    done = launcher.run(finished)
+    assert "align is finished already" in done.stdout
+    assert (finished / "final/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_two_processes_learn_what_one_learns(launcher, finished, tmp_path):
+    launcher.run(tmp_path / "two", processes=2)
+    assert largest_difference(finished / "final", tmp_path / "two/final") < 2e-5
+    one, two = (log_lines(out, ("step", "loss")) for out in (finished, tmp_path / "two"))
+    for (step, loss), (other_step, other_loss) in zip(one, two, strict=True):
+        assert step == other_step
+        assert loss == pytest.approx(other_loss, abs=1e-4)
+    record = json.loads((tmp_path / "two/run.json").read_text())
+    assert record["hardware"]["world_size"] == 2
+
+
+def test_accumulation_changes_nothing(launcher, finished, tmp_path):
+    small_rows = [f"phases.{phase}.max_row_tokens=512" for phase in ("align", "instruct")]
+    launcher.run(tmp_path / "rows", *[a for s in small_rows for a in ("--set", s)])
+    record = json.loads((tmp_path / "rows/run.json").read_text())
+    whole = json.loads((finished / "run.json").read_text())
+    assert record["phases"]["align"]["accumulation"] > whole["phases"]["align"]["accumulation"]
+    assert largest_difference(finished / "final", tmp_path / "rows/final") < 2e-5
+
+
+def test_killed_at_a_random_step_and_started_again_is_the_uninterrupted_run(launcher, finished, tmp_path):
+    out = tmp_path / "killed"
+    phase = random.choice(["align", "instruct"])
+    launcher.run_and_kill(out, when=lambda: (out / phase / "checkpoint-5").exists(), *[])
+    assert not (out / "final").exists()
+    done = launcher.run(out)
+    assert f"resuming {phase} from" in done.stdout or phase == "align"
+    assert largest_difference(finished / "final", out / "final") == 0
+    assert log_lines(out, ("phase", "step", "loss")) == log_lines(finished, ("phase", "step", "loss"))
+
+
+def test_resumes_on_another_number_of_processes(launcher, finished, tmp_path):
+    out = tmp_path / "moved"
+    launcher.run_and_kill(out, lambda: (out / "instruct/checkpoint-5").exists())
+    done = launcher.run(out, processes=2)
+    assert "resuming instruct from" in done.stdout
+    assert largest_difference(finished / "final", out / "final") < 2e-5
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(launcher, finished, tmp_path):
+    out = tmp_path / "damaged"
+    launcher.run_and_kill(out, lambda: (out / "instruct/checkpoint-10").exists())
+    newest = out / "instruct/checkpoint-10"
+    optimizer = newest / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1] + b"x")
+    done = launcher.run(out)
+    assert "checkpoint-10 is not used: optimizer.pt does not match its hash" in " ".join(done.stdout.split())
+    assert largest_difference(finished / "final", out / "final") == 0
+
+
+def test_a_step_that_is_not_finite_is_not_applied(launcher, tmp_path):
+    out = tmp_path / "nan"
+    done = launcher.run(out, "--set", "phases.align.train.projector.lr=1e38", code=2)
+    sentence = " ".join(done.stderr.split())
+    assert "optimizer step 1 of align is not finite" in sentence
+    assert "Alignment_VQA_" in sentence
+    assert "Traceback" not in done.stderr
+    listing = json.loads((out / "align/non-finite-step-1.json").read_text())
+    assert len(listing["samples"]) == 8
+    assert not (out / "align/model").exists()
+
+
+def test_another_recipe_in_the_same_folder_is_refused_and_fresh_starts_over(launcher, finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "again"
+    shutil.copytree(finished, out)
+    done = launcher.run(out, "--set", "phases.align.epochs=2", code=2)
+    assert "holds phase align of another recipe: phases.align.epochs differ" in " ".join(done.stderr.split())
+    done = launcher.run(out, "--set", "phases.align.epochs=2", "--fresh", "--phase", "align")
+    assert (tmp_path / "again.old-1/final").exists()
+    assert not (out / "final").exists()
+    assert (out / "align/model/run.json").exists()
+
+
+def test_a_second_run_in_the_same_folder_refuses(launcher, tmp_path):
+    from filelock import FileLock
+
+    out = tmp_path / "busy"
+    with FileLock(tmp_path / ".busy.lock"):
+        done = launcher.run(out, code=2)
+    assert "another run is writing to" in done.stderr
+
+
+def test_instruct_needs_align(launcher, tmp_path):
+    done = launcher.run(tmp_path / "x", "--phase", "instruct", code=2)
+    assert "phase instruct starts from phase align, which is not finished" in " ".join(done.stderr.split())
+
+
+def test_dry_run_counts_and_trains_nothing(launcher, tmp_path):
+    done = launcher.run(tmp_path / "dry", "--dry-run")
+    text = " ".join(done.stdout.split())
+    for expected in ("optimizer steps", "captions", "trained parameters", "GPU-hours", "memory per GPU", "supervised tokens marked"):
+        assert expected in text, expected
+    assert "[16 image tokens]" in text
+    assert not (tmp_path / "dry").exists()
+
+
+def test_lora_saves_adapter_and_projector_and_merges(launcher, finished, tmp_path):
+    from huatuo_vision.model.merge import merge
+
+    out = tmp_path / "lora"
+    train = "phases.instruct.train={projector: {lr: 1e-3}, language_model: {lr: 1e-3, lora: {r: 4, alpha: 8}}}"
+    launcher.run(out, "--set", train)
+    final = weights(out / "final")
+    assert any("lora_A" in name for name in final) and any("multi_modal_projector" in name for name in final)
+    assert not (out / "final/model.safetensors").exists()
+    merge(out / "final", tmp_path / "merged")
+    changed = changed_parts(out / "align/model", tmp_path / "merged")
+    assert {n.split(".")[0] for n in changed} == {"multi_modal_projector", "language_model"}
+    assert not any("embed_tokens" in n or "lm_head" in n for n in changed)
+
+
+def test_trackers_write_offline(launcher, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    launcher.run(tmp_path / "tracked", "--phase", "align", "--set", "report_to=[trackio, wandb]")
+    assert list((tmp_path / "trackio").glob("*.db"))
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_checkpoint_holds_exactly_what_trains(launcher, tmp_path):
+    out = tmp_path / "ck"
+    launcher.run_and_kill(out, lambda: (out / "align/checkpoint-5").exists())
+    checkpoint, refused = latest_checkpoint(out / "align")
+    assert not refused
+    saved = safetensors.torch.load_file(checkpoint / "trainable.safetensors")
+    assert {name.split(".")[1] for name in saved} == {"multi_modal_projector"}
+    assert read_manifest(checkpoint)["world_size"] == 1

@@ -1,0 +1,56 @@
+"""Train a recipe: `accelerate launch train.py --recipe recipes/phantom.yaml`.
+
+The recipe is the interface; the command line only says which recipe, which phase and where. Running the
+same command again continues where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from huatuo_vision.cli import run_command
+from huatuo_vision.recipe import PHASE_NAMES, load_recipe
+from huatuo_vision.schema import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="the recipe's YAML file")
+    parser.add_argument("--phase", choices=PHASE_NAMES, help="only this phase (default: all, in the recipe's order)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key; repeatable")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/<recipe name>)")
+    parser.add_argument("--fresh", action="store_true", help="start over; an earlier run in the folder is moved aside")
+    parser.add_argument("--dry-run", action="store_true", help="resolve and count everything, train nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    if arguments.phase is not None and arguments.phase not in recipe.phases:
+        raise UserError(f"--phase {arguments.phase}: recipe {arguments.recipe} has {', '.join(recipe.phases)}")
+    phases = [arguments.phase] if arguments.phase else list(recipe.phases)
+    out = arguments.out or Path("runs") / recipe.name
+
+    # Imported here, so that --help and a mistake in the recipe answer at once.
+    from huatuo_vision.training.console import main_console
+
+    console = main_console()
+    if arguments.dry_run:
+        from huatuo_vision.training.dry_run import dry_run
+
+        dry_run(recipe, phases, console)
+        return
+
+    from huatuo_vision.training.run import train
+
+    final = train(recipe, out, phases=phases, fresh=arguments.fresh, overrides=arguments.set, console=console)
+    if recipe.hub.push != "never":
+        from huatuo_vision.hub import push_run
+
+        push_run(recipe.hub, out, final, console)
+
+
+if __name__ == "__main__":
+    run_command(main)
