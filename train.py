@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rich.console import Console
+
 from huatuo_vision.cli import run_command
-from huatuo_vision.recipe import PHASE_NAMES, load_recipe
+from huatuo_vision.launch import launched_world
+from huatuo_vision.recipe import PHASE_NAMES, Recipe, load_recipe
 from huatuo_vision.schema import UserError
 
 
@@ -18,7 +21,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, help="the recipe's YAML file")
     parser.add_argument("--phase", choices=PHASE_NAMES, help="only this phase (default: all, in the recipe's order)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key; repeatable"
+    )
     parser.add_argument("--out", type=Path, help="run folder (default: runs/<recipe name>)")
     parser.add_argument("--fresh", action="store_true", help="start over; an earlier run in the folder is moved aside")
     parser.add_argument("--dry-run", action="store_true", help="resolve and count everything, train nothing")
@@ -46,10 +51,31 @@ def main() -> None:
     from huatuo_vision.training.run import train
 
     final = train(recipe, out, phases=phases, fresh=arguments.fresh, overrides=arguments.set, console=console)
-    if recipe.hub.push != "never":
-        from huatuo_vision.hub import push_run
+    if recipe.hub.push != "never" and launched_world().rank == 0:
+        push(recipe, out, phases, final, console)
 
-        push_run(recipe.hub, out, final, console)
+
+def push(recipe: Recipe, out: Path, phases: list[str], final: Path | None, console: Console) -> None:
+    """Push what is finished: each phase to a revision of its name where the recipe says so, the last one to main.
+    A push that fails is reported with the command that tries again; the run is on disk and stays there."""
+    from huatuo_vision.hub import try_push
+    from huatuo_vision.training.run import plain_checkpoint
+
+    folders = {name: out / name / "model" for name in phases} if recipe.hub.push == "phases" else {}
+    if final is not None:
+        folders["main"] = final
+    for revision, folder in folders.items():
+        pushed = try_push(
+            plain_checkpoint(folder),  # an adapter would name a folder of this machine as its base
+            recipe.hub.repo_id,
+            revision=revision,
+            private=recipe.hub.private,
+            license=recipe.hub.license,
+        )
+        if pushed.ok:
+            console.print(f"pushed       {folder} to {recipe.hub.repo_id}@{revision}: {pushed.url}")
+        else:
+            console.print(f"[red]not pushed[/red]: {pushed.error}\n  try again: {pushed.redo_command}", highlight=False)
 
 
 if __name__ == "__main__":

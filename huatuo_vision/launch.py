@@ -1,13 +1,22 @@
-"""What the launcher asked for, read from the environment that torchrun and accelerate set."""
+"""The processes a command was launched as: what the launcher asked for, and a check that it came about."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from huatuo_vision.schema import UserError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass(frozen=True)
 class LaunchedWorld:
+    """Read from the environment that torchrun and accelerate set; needs no torch."""
+
     processes: int
     rank: int
     fsdp: bool
@@ -24,3 +33,32 @@ def launched_world() -> LaunchedWorld:
         fsdp=flag("ACCELERATE_USE_FSDP"),
         deepspeed=flag("ACCELERATE_USE_DEEPSPEED"),
     )
+
+
+def start_processes(timeout: timedelta | None = None) -> PartialState:
+    """Join the processes of this launch.
+
+    `accelerate launch` can silently start several that each believe they are alone, or leave out the sharding that
+    was asked for; raises UserError then. timeout: of a wait for the other processes; None is the backend's own.
+    """
+    import torch
+    from accelerate import PartialState
+
+    asked = launched_world()
+    on_cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, **({"timeout": timeout} if timeout else {}))
+    if state.num_processes != asked.processes:
+        raise UserError(
+            f"{asked.processes} processes were launched but this one is in a world of {state.num_processes}, so each "
+            "would work alone; on the CPU start with "
+            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked.processes}"
+        )
+    if asked.fsdp and state.device.type == "cpu":
+        raise UserError(
+            "FSDP was asked for, but accelerate shards on accelerators only; use recipes/accelerate/ddp.yaml on the CPU"
+        )
+    if asked.deepspeed and state.distributed_type.value != "DEEPSPEED":
+        raise UserError(
+            f"DeepSpeed was asked for, but accelerate started {state.distributed_type.value}; check the launch config"
+        )
+    return state

@@ -34,12 +34,23 @@ from pydantic_core import PydanticCustomError
 from huatuo_vision.schema import UserError
 
 PHASE_NAMES = ("text", "align", "instruct", "anneal")
+# Names become folders and file names.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 PARTS = ("vision_encoder", "projector", "language_model")
 
 # Keys that do not change what is learnt: they may differ between a run and its continuation.
 OPERATIONAL_KEYS = frozenset({"name", "base", "ablates", "reproduces", "hub", "report_to", "workers"})
 OPERATIONAL_PHASE_KEYS = frozenset(
-    {"max_row_tokens", "max_row_images", "recompute", "compile", "attention", "log_every", "save_every", "keep_checkpoints"}
+    {
+        "max_row_tokens",
+        "max_row_images",
+        "recompute",
+        "compile",
+        "attention",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+    }
 )
 
 
@@ -50,7 +61,7 @@ def _refuse(message: str) -> PydanticCustomError:
 class Strict(BaseModel):
     """Frozen, and refuses unknown keys with the nearest valid name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -115,19 +126,28 @@ class LanguageModelSpec(Pretrained):
     def _check(self) -> LanguageModelSpec:
         _exactly_one(self, "id", "path", "config")
         if self.config is not None and self.tokenizer is None:
-            raise _refuse("a language_model from a config has no tokenizer; add tokenizer: {id: ...} or {vocab_size: ...}")
+            raise _refuse(
+                "a language_model from a config has no tokenizer; add tokenizer: {id: ...} or {vocab_size: ...}"
+            )
         if self.config is None and self.tokenizer is not None:
             raise _refuse("tokenizer goes with config only; a language_model with id or path brings its own")
         return self
+
+
+def _feature_layer(value: Any) -> Any:
+    if value == 0:
+        raise _refuse("0 is the patch embedding, before any layer; count layers from 1, or from the end with -1, -2, ...")
+    return value
 
 
 class ModelSpec(Strict):
     vision_encoder: VisionEncoderSpec
     language_model: LanguageModelSpec
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
-    feature_layer: int = -2
+    feature_layer: Annotated[int, BeforeValidator(_feature_layer)] = -2
     feature_strategy: Literal["default", "full"] = Field(
-        "default", description="default drops the class token (CLIP); full keeps every token (SigLIP has no class token)"
+        "default",
+        description="default drops the class token (CLIP); full keeps every token (SigLIP has no class token)",
     )
     chat_template: Literal["huatuo", "vicuna", "llama3", "chatml", "mistral"] = "huatuo"
 
@@ -182,7 +202,9 @@ class SourceSpec(Strict):
             if (self.config == "chinese") != (self.conversations is not None):
                 raise _refuse("conversations (alignment or instruction) goes with config: chinese, and only with it")
         elif self.config is not None or self.conversations is not None:
-            raise _refuse(f"config and conversations belong to adapter pubmedvision; adapter {self.adapter} has neither")
+            raise _refuse(
+                f"config and conversations belong to adapter pubmedvision; adapter {self.adapter} has neither"
+            )
         return self
 
 
@@ -240,7 +262,9 @@ class TrainSpec(Strict):
         if self.lora and not self.projector:
             raise _refuse("lora trains the projector in full beside the adapter; set projector: {lr: ...}")
         if self.lora and self.vision_encoder:
-            raise _refuse("lora saves adapter and projector only, so the vision_encoder must stay frozen; set it to false")
+            raise _refuse(
+                "lora saves adapter and projector only, so the vision_encoder must stay frozen; set it to false"
+            )
         return self
 
     @property
@@ -328,14 +352,16 @@ class Reproduces(Strict):
 
 
 class Recipe(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     base: str | None = None
     ablates: tuple[str, ...] = ()
     reproduces: Reproduces | None = None
     model: ModelSpec
-    data: dict[str, SourceSpec] = Field(min_length=1)
+    data: dict[Annotated[str, Field(pattern=NAME)], SourceSpec] = Field(min_length=1)
     phases: dict[Literal["text", "align", "instruct", "anneal"], PhaseSpec] = Field(min_length=1)
-    on_bad_sample: Literal["stop", "drop"] = Field("stop", description="drop: count it in prepare/report.json and go on")
+    on_bad_sample: Literal["stop", "drop"] = Field(
+        "stop", description="drop: count it in prepare/report.json and go on"
+    )
     seed: int = Field(0, ge=0)
     workers: int = Field(4, ge=0, description="image-decoding processes per training process; 0 decodes in line")
     hub: HubSpec = HubSpec()
@@ -346,7 +372,9 @@ class Recipe(Strict):
         for name, phase in self.phases.items():
             for entry in phase.data:
                 if entry.source not in self.data:
-                    raise _refuse(f"phases.{name}.data names the source {entry.source!r}; data has: {', '.join(self.data)}")
+                    raise _refuse(
+                        f"phases.{name}.data names the source {entry.source!r}; data has: {', '.join(self.data)}"
+                    )
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -464,9 +492,11 @@ def _first_sentence(error: ValidationError) -> str:
         text = first["msg"]
     elif first["type"] == "missing":
         text = "is missing and has no default; add it"
-    elif "[key]" in first["loc"]:
+    elif "[key]" in first["loc"] and first["loc"][0] == "phases":
         near = difflib.get_close_matches(where.rsplit(".", 1)[-1], PHASE_NAMES, n=1)
-        text = f"unknown phase; expected one of {', '.join(PHASE_NAMES)}" + (f", did you mean {near[0]!r}?" if near else "")
+        text = f"unknown phase; expected one of {', '.join(PHASE_NAMES)}" + (
+            f", did you mean {near[0]!r}?" if near else ""
+        )
     else:
         got = first["input"]
         text = f"got {got!r} ({type(got).__name__}); {first['msg'][0].lower()}{first['msg'][1:]}"

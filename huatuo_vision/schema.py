@@ -7,14 +7,9 @@ builds the sample (`escape_placeholder`), so that a placeholder always means an 
 
 from __future__ import annotations
 
-import hashlib
-import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -35,6 +30,9 @@ class BadSample(ValueError):
         self.sample_id = sample_id
         self.reason = reason
         self.explanation = explanation
+
+    def __reduce__(self) -> tuple:
+        return BadSample, (self.sample_id, self.reason, self.explanation)
 
 
 def escape_placeholder(text: str) -> str:
@@ -71,22 +69,10 @@ class ImageRef:
             return f"{self.archive}!{self.member}"
         return f"<{len(self.data or b'')} bytes>"
 
-    def read(self) -> bytes:
-        """The encoded bytes. Raises FileNotFoundError or KeyError (no such member) where they are missing."""
-        if self.data is not None:
-            return self.data
-        if self.archive is not None:
-            return _open_archive(self.archive, os.getpid()).read(self.member)
-        return Path(self.path).read_bytes()
-
     def digest(self) -> str:
-        return self.sha256 or hashlib.sha256(self.read()).hexdigest()
+        import hashlib
 
-
-@lru_cache(maxsize=64)
-def _open_archive(path: str, pid: int) -> zipfile.ZipFile:
-    # One handle per process: a ZipFile inherited over fork shares its file offset with the parent.
-    return zipfile.ZipFile(path)
+        return hashlib.sha256(self.data or Path(self.path).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +81,7 @@ class Sample:
     source: str  # the name the recipe gives the data source
     images: tuple[ImageRef, ...]
     messages: tuple[Message, ...]
-    meta: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    meta: Mapping[str, object] = field(default_factory=dict)
 
 
 def check_sample(sample: Sample) -> None:
@@ -107,7 +93,9 @@ def check_sample(sample: Sample) -> None:
     turns = [m for m in sample.messages if m.role != "system"]
     for position, message in enumerate(sample.messages):
         if message.role not in ROLES:
-            refuse("wrong_role", f"message {position} has the role {message.role!r}; expected one of {', '.join(ROLES)}")
+            refuse(
+                "wrong_role", f"message {position} has the role {message.role!r}; expected one of {', '.join(ROLES)}"
+            )
         if message.role == "system" and position > 0:
             refuse("wrong_role", f"message {position} is a system message; only the first message may be one")
     if not turns:
@@ -115,13 +103,22 @@ def check_sample(sample: Sample) -> None:
     for position, message in enumerate(turns):
         expected = ("user", "assistant")[position % 2]
         if message.role != expected:
-            refuse("wrong_role", f"turn {position} is by {message.role!r}; expected {expected!r} (user and assistant alternate)")
+            refuse(
+                "wrong_role",
+                f"turn {position} is by {message.role!r}; expected {expected!r} (user and assistant alternate)",
+            )
         if message.role == "assistant" and not message.content.strip():
             refuse("empty_answer", f"the assistant's answer in turn {position} is empty")
         if message.role == "assistant" and IMAGE_PLACEHOLDER in message.content:
-            refuse("placeholder_count", f"turn {position} by the assistant contains {IMAGE_PLACEHOLDER}; only user turns show images")
+            refuse(
+                "placeholder_count",
+                f"turn {position} by the assistant contains {IMAGE_PLACEHOLDER}; only user turns show images",
+            )
     if turns[-1].role != "assistant":
         refuse("no_answer", "the conversation ends with a user turn; expected an assistant answer at its end")
     placeholders = sum(m.content.count(IMAGE_PLACEHOLDER) for m in sample.messages)
     if placeholders != len(sample.images):
-        refuse("placeholder_count", f"the text has {placeholders} {IMAGE_PLACEHOLDER} placeholders but the row has {len(sample.images)} images")
+        refuse(
+            "placeholder_count",
+            f"the text has {placeholders} {IMAGE_PLACEHOLDER} placeholders but the row has {len(sample.images)} images",
+        )

@@ -60,12 +60,18 @@ REFUSED = [
     ("modle.x=1", "unknown key 'modle'; did you mean 'model'?"),
     ("phases.align.schedule.warmup=1", "phases.align.schedule: unknown key 'warmup'; did you mean 'warmup_ratio'?"),
     ("phases.align.data.0.sorce=x", "phases.align.data.0: unknown key 'sorce'; did you mean 'source'?"),
-    ("phases.instruct.train.language_model.lora={rank: 2}", "language_model.lora: unknown key 'rank'; valid keys: r, alpha"),
+    (
+        "phases.instruct.train.language_model.lora={rank: 2}",
+        "language_model.lora: unknown key 'rank'; valid keys: r, alpha",
+    ),
     ("phases.align.epochs=two", "phases.align.epochs: got 'two' (str); input should be a valid integer"),
     ("phases.align.epochs=0", "phases.align.epochs: got 0 (int); input should be greater than 0"),
     ("phases.align.train.projector=true", "phases.align.train.projector: true does not say how to train this part"),
     ("phases.align.recompute=some", "phases.align.recompute: got 'some'; expected none, all, or a number n"),
-    ("phases.align.schedule.name=cos", "phases.align.schedule.name: got 'cos' (str); input should be 'cosine', 'linear'"),
+    (
+        "phases.align.schedule.name=cos",
+        "phases.align.schedule.name: got 'cos' (str); input should be 'cosine', 'linear'",
+    ),
     ("data.captions.adapter=coco", "data.captions.adapter: got 'coco' (str); input should be 'pubmedvision'"),
     ("phases.align.max_row_tokens=100", "max_sample_tokens 4096 is above max_row_tokens 100"),
     ("phases.align.train={}", "every part is frozen"),
@@ -76,6 +82,7 @@ REFUSED = [
     ("phases.align.data=[{source: captions, weight: 1, rows: 1}]", "give rows or weight, not both"),
     ("phases.align.data=[{source: captions}, {source: captions}]", "a source stands twice"),
     ("model.language_model.tokenizer=null", "has no tokenizer"),
+    ("model.feature_layer=0", "model.feature_layer: 0 is the patch embedding"),
     ("model.vision_encoder.path=x", "give exactly one of id, path, config; got path and config"),
     ("data.captions.path=x", "adapter phantom makes its own data; remove path"),
     ("data.captions.train=null", "adapter phantom needs train"),
@@ -85,6 +92,8 @@ REFUSED = [
     ("data.captions={adapter: captions, path: x, seed: 1}", "seed belong to adapter phantom"),
     ("hub.push=final", "push: final needs a repo_id and a license"),
     ("name=../x", "name: got '../x' (str); string should match"),
+    ("phases.align.data.0.weight=.inf", "phases.align.data.0.weight: got inf (float); input should be a finite number"),
+    ("data={../x: {adapter: phantom, config: alignment, train: 1}}", "string should match"),
     ("no-equals-sign", "expected key=value"),
     ("seed.x.y=1", "seed: got {'x': {'y': 1}} (dict)"),
     ("phases.align.data.7.source=x", "has no key '7'"),
@@ -101,7 +110,12 @@ def test_refusals_are_one_sentence_that_names_the_key(small, override, sentence)
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("", "is empty or not a mapping"), ("a: [", "is not a YAML file"), ("- 1", "is empty or not a mapping"), ("x: 1", "unknown")],
+    [
+        ("", "is empty or not a mapping"),
+        ("a: [", "is not a YAML file"),
+        ("- 1", "is empty or not a mapping"),
+        ("x: 1", "unknown"),
+    ],
 )
 def test_a_file_that_is_no_recipe(tmp_path, text, sentence):
     (tmp_path / "r.yaml").write_text(text)
@@ -168,7 +182,10 @@ def test_schema_is_printed_and_forbids_unknown_keys():
 @pytest.mark.parametrize("override", ["phases.align.epoch=2", "phases.align.epochs=two", "hub.push=final"])
 def test_the_command_says_it_without_a_traceback(small, override):
     done = subprocess.run(
-        [sys.executable, "train.py", "--recipe", str(small), "--set", override], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "train.py", "--recipe", str(small), "--set", override],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: recipe")
@@ -176,7 +193,15 @@ def test_the_command_says_it_without_a_traceback(small, override):
 
 
 def test_help_answers_without_importing_torch():
-    code = "import sys, runpy; sys.argv=['train.py','--help']\ntry: runpy.run_path('train.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = """
+import sys, runpy
+sys.argv = ['train.py', '--help']
+try:
+    runpy.run_path('train.py', run_name='__main__')
+except SystemExit:
+    pass
+assert 'torch' not in sys.modules and 'transformers' not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for flag in ("--recipe", "--phase", "--set", "--out", "--fresh", "--dry-run"):

@@ -94,7 +94,9 @@ class Encoder:
         )
         return rendered[0], spans[0]
 
-    def _tokenise(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenise(
+        self, messages: Sequence[Message], *, generation_prompt: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """ids (S,) int64 and supervised (S,) bool, images still one token each."""
         text, spans = self._render(messages, generation_prompt=generation_prompt)
         tokens = self._fast.encode(text, add_special_tokens=False)
@@ -113,8 +115,8 @@ class Encoder:
         first = int(supervised.argmax())
         if not supervised.any() or first != len(prompt) or not np.array_equal(ids[:first], prompt):
             raise UserError(
-                f"chat template and tokenizer in {self.folder} do not fit: the prompt ends in {self.decode(prompt[-4:])!r} "
+                f"template and tokenizer in {self.folder} do not fit: the prompt ends in {self.decode(prompt[-4:])!r} "
                 f"but in training the answer follows {self.decode(ids[:first][-4:])!r}; choose another chat_template"
             )
-        if not supervised[-1] and self._tokenizer.eos_token not in self.decode(ids[supervised]):
+        if int(ids[supervised][-1]) not in self._tokenizer.added_tokens_decoder:
             raise UserError(f"chat template in {self.folder} supervises no end of turn; the model would never stop")

@@ -111,8 +111,6 @@ def _open(encoded: bytes, refuse: Refuse) -> Image.Image:
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
         raise refuse("image_too_large", f"is {width:,} x {height:,} pixels; a picture {too_large}")
-    if width * height == 0:
-        raise refuse("unreadable_image", f"is {width} x {height} pixels; expected at least 1 x 1")
     return image
 
 
@@ -193,7 +191,8 @@ def _read(ref: ImageRef, refuse: Refuse) -> bytes:
 
 def _read_member(ref: ImageRef, refuse: Refuse) -> bytes:
     try:
-        archive = _open_archive(ref.archive, os.getpid())
+        status = os.stat(ref.archive)
+        archive = _open_archive(ref.archive, status.st_size, status.st_mtime_ns, os.getpid())
         member = archive.find(ref.member)
         if member is None:
             raise refuse("missing_image", "does not exist: the archive has no such member; download the archive again")
@@ -256,8 +255,8 @@ class _Archive:
 
 
 @lru_cache(maxsize=64)
-def _open_archive(path: str, pid: int) -> _Archive:
-    # One handle per process: one inherited over fork shares its file offset with the parent.
+def _open_archive(path: str, size: int, mtime_ns: int, pid: int) -> _Archive:
+    # Anew for an archive that was replaced, and in each process: a handle kept over fork shares its file offset.
     return _Archive(path)
 
 

@@ -112,7 +112,13 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _smallest_accumulation(
-    steps: np.ndarray, tokens: np.ndarray, images: np.ndarray, cost: np.ndarray, world_size: int, max_tokens: int, max_images: int
+    steps: np.ndarray,
+    tokens: np.ndarray,
+    images: np.ndarray,
+    cost: np.ndarray,
+    world_size: int,
+    max_tokens: int,
+    max_images: int,
 ) -> int:
     global_batch_size = steps.shape[1]
     need_tokens = max(1, int(-(-tokens[steps].sum(axis=1, dtype=np.int64).max() // max_tokens)))
@@ -142,7 +148,13 @@ def _smallest_accumulation(
 
 
 def _assign(
-    steps: np.ndarray, rows: int, tokens: np.ndarray, images: np.ndarray, cost: np.ndarray, max_tokens: int, max_images: int
+    steps: np.ndarray,
+    rows: int,
+    tokens: np.ndarray,
+    images: np.ndarray,
+    cost: np.ndarray,
+    max_tokens: int,
+    max_images: int,
 ) -> np.ndarray:
     """(n_steps, G) row of each sample, -1 throughout a step that does not fit.
 
@@ -160,7 +172,9 @@ def _assign(
     for k in range(size):
         slot = by_cost[:, k]
         sample = steps[each, slot]
-        has_room = (used_tokens + tokens[sample, None] <= max_tokens) & (used_images + images[sample, None] <= max_images)
+        has_room = (used_tokens + tokens[sample, None] <= max_tokens) & (
+            used_images + images[sample, None] <= max_images
+        )
         row = np.where(has_room, load, np.inf).argmin(axis=1)
         fits &= has_room[each, row]
         load[each, row] += cost[sample]
@@ -200,7 +214,9 @@ def _lay_out(steps: np.ndarray, assigned: np.ndarray, cost: np.ndarray, rows: in
     flat = assigned + rows * np.arange(n_steps)[:, None]
     row_cost = np.bincount(flat.ravel(), weights=cost.ravel(), minlength=n_steps * rows).reshape(n_steps, rows)
     rank = np.empty_like(assigned, shape=(n_steps, rows))
-    np.put_along_axis(rank, np.argsort(-row_cost, axis=1, kind="stable"), np.arange(rows, dtype=rank.dtype)[None], axis=1)
+    np.put_along_axis(
+        rank, np.argsort(-row_cost, axis=1, kind="stable"), np.arange(rows, dtype=rank.dtype)[None], axis=1
+    )
     position = np.take_along_axis(rank, assigned, axis=1)
     order = np.argsort(position, axis=1, kind="stable")
     lengths = np.bincount((position + rows * np.arange(n_steps)[:, None]).ravel(), minlength=n_steps * rows)

@@ -19,11 +19,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -36,7 +37,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.images import load_image
 from huatuo_vision.inputs.mixture import over_limits, select_rows
 from huatuo_vision.inputs.prepare_report import PrepareReport, account_for, markdown, tables
@@ -44,10 +44,14 @@ from huatuo_vision.inputs.sources import Source, ensure_made, open_source
 from huatuo_vision.recipe import Recipe
 from huatuo_vision.schema import BadSample, ImageRef, Sample, UserError
 
+if TYPE_CHECKING:
+    from huatuo_vision.inputs.encode import Encoder  # its libraries take seconds to import
+
 PREPARE_VERSION = 1  # raise it when a change here, in the adapters or in image loading would change a verdict
 SHARD_ROWS = 1024
 IN_PROCESS_ROWS = 2048  # up to here checking in line is faster than starting processes (imports take ~10 s)
 MAX_PROCESSES = 64  # each holds the tokenizer and its libraries, about 0.5 GB
+STAT_THREADS = 16
 LOG_SECONDS = 30  # between lines of progress where the output is a file
 
 VERDICTS = pa.schema(
@@ -173,13 +177,15 @@ class _Shard:
 
 
 def _shards(source: Source, encoder: Encoder, folder: Path) -> list[_Shard]:
-    shards = []
-    for start in range(0, len(source), SHARD_ROWS):
+    def shard(start: int) -> _Shard:
         stop = min(start + SHARD_ROWS, len(source))
         parts = (source.content_keys(start, stop), encoder.fingerprint, str(PREPARE_VERSION))
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-        shards.append(_Shard(source.name, start, stop, folder / f"{key}.parquet"))
-    return shards
+        return _Shard(source.name, start, stop, folder / f"{key}.parquet")
+
+    # Every start of a run asks the file system about every image; over a network that is all waiting.
+    with ThreadPoolExecutor(STAT_THREADS) as threads:
+        return list(threads.map(shard, range(0, len(source), SHARD_ROWS)))
 
 
 def _is_checked(shard: _Shard, on_bad_sample: str) -> bool:

@@ -41,7 +41,7 @@ class PlannedRows(torch.utils.data.Dataset):
             encoded.append(self.encoder.encode(sample))
             if len(encoded[-1].input_ids) != self.pool.tokens[position]:
                 raise UserError(
-                    f"sample {sample.id!r} of source {sample.source!r} has {len(encoded[-1].input_ids)} tokens now and had "
+                    f"sample {sample.id!r} of source {sample.source!r} has {len(encoded[-1].input_ids)} tokens; it had "
                     f"{self.pool.tokens[position]} when it was prepared; the data changed during the run, start again"
                 )
             images.extend(load_image(ref, sample.id).image for ref in sample.images)

@@ -22,9 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import ijson
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -111,21 +109,6 @@ class Source:
                 continue
             yield from (message.content for message in sample.messages)
 
-    def duplicate_ids(self) -> dict[str, tuple[int, ...]]:
-        """Each id that several rows have -> those rows. Of them the first is kept by preparation."""
-        ids = self._ids()
-        counted = pa.chunked_array(ids).value_counts()
-        repeated = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
-        repeated = repeated.filter(pc.not_equal(repeated, ""))
-        rows: dict[str, list[int]] = {value: [] for value in repeated.to_pylist()}
-        start = 0
-        for chunk in ids:
-            which = pc.index_in(chunk, value_set=repeated)
-            for i in np.flatnonzero(which.is_valid()):
-                rows[chunk[i].as_py()].append(start + int(i))
-            start += len(chunk)
-        return {value: tuple(places) for value, places in rows.items()}
-
     def record(self) -> dict[str, Any]:
         """What the run record says of this source. Reads the data files once, for their checksums."""
         return {
@@ -150,12 +133,6 @@ class Source:
     def _stored(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         for first in range(start, stop, ROWS_AT_A_TIME):
             yield from self.rows[first : min(first + ROWS_AT_A_TIME, stop)].to_pylist()
-
-    def _ids(self) -> list[pa.Array]:
-        if self.converted:
-            return self.rows.data.column("id").chunks
-        ids = (row_id(stored, self.spec) for stored in self._stored(0, len(self)))
-        return [pa.array(ids, pa.string(), size=len(self))]
 
 
 @dataclass(frozen=True)
@@ -210,11 +187,12 @@ class ImageFinder:
             return None
         table = _map_table(self.members)
         basenames = table.column("basename").chunk(0)
-        basename = PurePosixPath(name).name
+        given = PurePosixPath(name)
+        basename = given.name
         first = bisect.bisect_left(range(len(basenames)), basename, key=lambda i: basenames[i].as_py())
         last = bisect.bisect_right(range(len(basenames)), basename, lo=first, key=lambda i: basenames[i].as_py())
         found = table.slice(first, last - first).to_pylist()
-        in_full = [row for row in found if f"/{row['member']}".endswith(f"/{name}")]
+        in_full = [row for row in found if f"/{row['member']}".endswith(f"/{given}")]
         candidates = in_full or (found if self.by_basename else [])
         if len({(row["crc"], row["size"]) for row in candidates}) > 1:
             places = ", ".join(f"{row['archive']}!{row['member']}" for row in candidates[:3])
@@ -241,6 +219,8 @@ def ensure_made(spec: SourceSpec, cache_dir: Path) -> None:
     if spec.adapter != "phantom":
         return
     folder = _phantom_folder(spec, Path(cache_dir).absolute())
+    if (folder / "manifest.json").exists():  # the folder is renamed into place when it is whole
+        return
     arguments = {"--out": folder, "--train": spec.train, "--test": spec.test or 0, "--seed": spec.seed or 0}
     command = [sys.executable, "-m", "data.phantom", *(str(part) for pair in arguments.items() for part in pair)]
     if not (REPOSITORY / "data" / "phantom.py").is_file():
@@ -429,8 +409,9 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    console = Console(stderr=True)
     with (
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
         progress.open(path, "rb", description=f"reading {path.name} once") as file,
     ):
         yield file
@@ -445,14 +426,15 @@ def _member_index(root: Path, cache_dir: Path) -> str | None:
     target = cache_dir / "members" / f"{_key((CONVERSION_VERSION, str(root), stats))}.arrow"
     if not target.exists():
         table = pa.concat_tables([_members(archive) for archive in archives])
-        table = table.sort_by([(key, "ascending") for key in ("basename", "archive", "member")]).combine_chunks()
+        table = table.sort_by([(key, "ascending") for key in ("basename", "archive", "member")])
         with (
             _replacing(target) as temporary,
             pa.OSFile(str(temporary), "wb") as sink,
             pa.ipc.new_file(sink, MEMBER_SCHEMA) as writer,
         ):
             # One batch, so that a look-up is one binary search.
-            writer.write_table(table, max_chunksize=max(1, len(table)))
+            columns = [column.combine_chunks() for column in table.columns]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=MEMBER_SCHEMA))
     return str(target)
 
 

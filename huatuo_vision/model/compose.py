@@ -9,6 +9,7 @@ chat template, so that training, `processor(text=...)` and every engine agree on
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -236,9 +238,12 @@ def _model_type(source: _Source) -> str:
 
 def _from_values(values: dict[str, Any], part: str) -> PreTrainedConfig:
     """A config from a recipe's own values. transformers would take a misspelt key as one more attribute."""
-    values = dict(values)
+    values = copy.deepcopy(values)  # transformers completes a rope_scaling in place, and the recipe is frozen
     config_class = type(AutoConfig.for_model(values.pop("model_type")))
-    config = config_class(**values)
+    try:
+        config = config_class(**values)
+    except (StrictDataclassError, ValueError) as error:
+        raise UserError(f"model.{part}.config: {_one_line(error)}") from None
     known = {*config_class().to_dict(), *config_class.attribute_map, "rope_theta", "rope_scaling"}
     for key in values:
         if key not in known:
@@ -300,7 +305,7 @@ def _check_features(spec: ModelSpec, vision_config: PreTrainedConfig) -> None:
 
 
 def _image_processor(spec: VisionEncoderSpec, vision_config: PreTrainedConfig) -> LlavaImageProcessorPil:
-    """The encoder's own preprocessing after padding to a square in its mean colour (LLaVA-1.5, section 3.4)."""
+    """The encoder's own preprocessing after padding to a square in its mean colour, as LLaVA-1.5 does."""
     image_processor_class = _ENCODERS[vision_config.model_type].image_processor
     side = vision_config.image_size
     square = {"height": side, "width": side}
@@ -460,10 +465,12 @@ def _write_processor(folder: Path, processor: LlavaProcessor) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     del values["image_processor"]
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    # 4.x knows neither 5.x's tokenizer class nor its list of extra tokens; tokenizer.json has them all.
+    # 4.x knows neither 5.x's tokenizer class nor its list of extra tokens (tokenizer.json has them all), and would
+    # return token_type_ids, which LLaVA's generate refuses.
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "LlavaProcessor",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": tokenizer.model_max_length,
         "padding_side": tokenizer.padding_side,
         "clean_up_tokenization_spaces": False,

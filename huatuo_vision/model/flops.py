@@ -67,7 +67,7 @@ class ModelShape:
             query_dim=text.num_attention_heads * head_dim,
             key_value_dim=text.num_key_value_heads * head_dim,
             vocabulary=text.vocab_size,
-            tied_embeddings=text.tie_word_embeddings,
+            tied_embeddings=config.tie_word_embeddings,
             vision_layers=vision.num_hidden_layers,
             vision_hidden=vision.hidden_size,
             vision_intermediate=vision.intermediate_size,
@@ -137,9 +137,10 @@ def step_flops(
     """FLOPs that one step must spend, for MFU: forward and backward, no recompute.
 
     A matmul's backward costs its forward once towards its input and once towards its weights; frozen weights need only
-    the first, and a frozen encoder, with nothing to train before it, neither. Attention has no weights, so its backward
-    is always twice its forward. LoRA adds 6 r A S. A trained projector counts three times, as in the usual formula,
-    although below its first linear a frozen encoder asks for nothing.
+    the first, and a frozen encoder, with nothing to train before it, neither. Attention has no weights, so its
+    backward is always twice its forward. LoRA adds 6 r A S. What trains counts three times as a whole, as in the usual
+    formula: the projector's first linear above a frozen encoder, and a trained encoder's layers behind the feature
+    layer, in truth cost less.
     """
     forward = forward_flops(shape, tokens=tokens, squared_lengths=squared_lengths, targets=targets, images=images)
     language_model_in_full = bool(train.language_model and not train.lora)

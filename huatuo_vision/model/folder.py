@@ -189,6 +189,8 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            # transformers renames for its own classes only, so a subclass would silently start with a random head.
+            key_mapping={f"^{canonical}": module for module, canonical in _PREFIXES},
         )
     except OSError as error:
         raise UserError(f"no model can be loaded from {folder}: {' '.join(str(error).split())}") from None

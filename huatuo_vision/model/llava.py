@@ -65,7 +65,7 @@ def as_packed(model: LlavaForConditionalGeneration) -> PackedLlava:
 
 
 def recompute(model: PackedLlava, every: int, vision: bool = False) -> None:
-    """Recompute the activations of every n-th decoder layer (and encoder layer, where it trains) in the backward pass."""
+    """Recompute activations of every n-th decoder layer (and encoder layer, where it trains) in the backward."""
     for tower in (model.model.language_model, *((model.model.vision_tower,) if vision else ())):
         # transformers 5.17 knows the older name only.
         enable = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huatuo_vision.cli import run_command
 from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:
@@ -129,11 +130,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, must not exist")
     parser.add_argument("--base", type=Path, metavar="DIR", help="base model, if not where the adapter says it is")
     arguments = parser.parse_args()
-    try:
-        merge(arguments.adapter, arguments.out, arguments.base)
-    except UserError as error:
-        parser.exit(2, f"{error}\n")
+    merge(arguments.adapter, arguments.out, arguments.base)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

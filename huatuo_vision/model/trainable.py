@@ -96,9 +96,11 @@ def apply_training(model: nn.Module, train: TrainSpec) -> nn.Module:
             modules_to_save=["multi_modal_projector"],
         )
         model = get_peft_model(model, config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        # The whole part, because a norm of the encoder's last layer, frozen in bf16, would meet fp32 activations.
+        fp32 = parameter.requires_grad or (part_of(name) in train.parts and not train.lora)
         # Under ZeRO-3 a parameter is an empty placeholder, and DeepSpeed keeps the fp32 weights itself.
-        if parameter.requires_grad and not hasattr(parameter, "ds_numel"):
+        if fp32 and not hasattr(parameter, "ds_numel"):
             parameter.data = parameter.data.float()
     return model
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from huatuo_vision.training.launch import launched_world
+from huatuo_vision.launch import launched_world
 
 _SHOWN = (
     ("loss", "loss {:.4f}"),

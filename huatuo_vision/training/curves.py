@@ -17,7 +17,9 @@ def plot_losses(log: Path, target: Path, title: str) -> None:
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         phases.setdefault(entry["phase"], []).append(entry)
-    figure, axes = pyplot.subplots(1, len(phases), figsize=(5.2 * len(phases), 3.6), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(phases), figsize=(5.2 * len(phases), 3.6), squeeze=False, layout="constrained"
+    )
     for axis, (phase, entries) in zip(axes[0], phases.items(), strict=True):
         steps = [entry["step"] for entry in entries]
         sources = sorted({key for entry in entries for key in entry if key.startswith("loss/")})

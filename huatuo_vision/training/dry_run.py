@@ -14,12 +14,12 @@ from transformers import AutoConfig
 
 from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.prepare import load_pool, prepare
+from huatuo_vision.launch import launched_world
 from huatuo_vision.model.compose import compose_processor
 from huatuo_vision.model.flops import ModelShape, memory_estimate, step_flops
 from huatuo_vision.recipe import PARTS, PhaseSpec, Recipe
-from huatuo_vision.training.launch import launched_world
 from huatuo_vision.training.phase import PhaseData, plan_phase
-from huatuo_vision.training.run import cache_folder, make_data, open_sources, recipe_texts
+from huatuo_vision.training.run import cache_folder, open_sources, recipe_texts
 
 ASSUMED_MFU = 0.40
 ASSUMED_PEAK = 989e12  # H100 or H200 SXM, dense bf16
@@ -33,7 +33,6 @@ def dry_run(recipe: Recipe, phases: Sequence[str], console: Console) -> None:
     sharding = "fsdp" if world.fsdp else "zero2" if world.deepspeed else "ddp"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        make_data(recipe, phases)
         tokenizer = recipe.model.language_model.tokenizer
         compose_processor(
             recipe.model, out / "base", recipe_texts(recipe) if tokenizer and tokenizer.vocab_size else None
@@ -59,7 +58,16 @@ def dry_run(recipe: Recipe, phases: Sequence[str], console: Console) -> None:
 
 def _steps_table(recipe: Recipe, plans: dict[str, PhaseData]) -> Table:
     table = Table(title="optimizer steps", title_justify="left")
-    for column in ("phase", "samples", "steps", "x samples", "rows per step", "row fill", "left over", "supervised tokens"):
+    for column in (
+        "phase",
+        "samples",
+        "steps",
+        "x samples",
+        "rows per step",
+        "row fill",
+        "left over",
+        "supervised tokens",
+    ):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for name, data in plans.items():
         phase, plan = recipe.phases[name], data.plan
@@ -128,7 +136,9 @@ def _trained(phase: PhaseSpec, shape: ModelShape) -> list[str]:
             lines.append(f"{part} frozen ({shape.weights[part]:,})")
         elif part == "language_model" and phase.train.lora:
             kind = "QLoRA" if phase.train.lora.quantize else "LoRA"
-            lines.append(f"{part} {kind} {shape.lora_weights(phase.train.lora):,} of {shape.weights[part]:,}, lr {training.lr:g}")
+            lines.append(
+                f"{part} {kind} {shape.lora_weights(phase.train.lora):,} of {shape.weights[part]:,}, lr {training.lr:g}"
+            )
         else:
             lines.append(f"{part} {shape.weights[part]:,}, lr {training.lr:g}")
     return lines
@@ -144,9 +154,7 @@ def _first_sample(name: str, data: PhaseData) -> Text:
     text.append("supervised tokens marked", style="reverse")
     text.append("\n")
     changes = np.flatnonzero(np.diff(encoded.supervised)) + 1
-    for ids, marked in zip(
-        np.split(encoded.input_ids, changes), np.split(encoded.supervised, changes), strict=True
-    ):
+    for ids, marked in zip(np.split(encoded.input_ids, changes), np.split(encoded.supervised, changes), strict=True):
         for run in np.split(ids, np.flatnonzero(np.diff(ids == data.encoder.image_token_id)) + 1):
             if run[0] == data.encoder.image_token_id:
                 text.append(f"[{len(run)} image tokens]", style="dim")

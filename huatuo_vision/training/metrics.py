@@ -14,7 +14,7 @@ from collections import Counter
 import torch
 from accelerate import Accelerator
 
-# Dense bf16 peak in FLOP/s by device name, from the makers' data sheets (H100/H200: SXM). MFU is not printed for others.
+# Dense bf16 peak in FLOP/s by device name, from the makers' data sheets (H100, H200: SXM). Others have no MFU.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}
 _COUNTED = ("samples", "tokens", "targets", "images")
 

@@ -48,7 +48,13 @@ class PhaseData:
 
 
 def plan_phase(
-    recipe: Recipe, name: str, pool: Pool, sources: dict[str, Source], encoder: Encoder, shape: ModelShape, world_size: int
+    recipe: Recipe,
+    name: str,
+    pool: Pool,
+    sources: dict[str, Source],
+    encoder: Encoder,
+    shape: ModelShape,
+    world_size: int,
 ) -> PhaseData:
     phase = recipe.phases[name]
     plan = plan_steps(
@@ -80,7 +86,6 @@ def run_phase(recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path
     phase, folder = recipe.phases[name], out / name
     state = PartialState()
     arguments = _training_arguments(recipe, name, folder, data.plan)  # before the model: ZeRO-3 shards while loading
-    _check_world(arguments)
     checkpoint = _agree_on_checkpoint(folder, state, arguments, console)
     model = _build_model(phase, start, arguments.device, data.shape)
     counts = parameter_counts(model)
@@ -159,25 +164,6 @@ def _run_name(recipe: Recipe, phase: str) -> str:
     return f"{recipe.name}-{phase}"
 
 
-def _check_world(arguments: TrainingArguments) -> None:
-    """`accelerate launch` can silently start processes that each believe they are alone; refuse to train then."""
-    from huatuo_vision.training.launch import launched_world
-
-    state, asked = PartialState(), launched_world()
-    if state.num_processes != asked.processes:
-        raise UserError(
-            f"{asked.processes} processes were launched but this one is in a world of {state.num_processes}, so each would "
-            "train alone; on the CPU start with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
-            f"{asked.processes}"
-        )
-    for wanted, got in ((asked.fsdp, "FSDP"), (asked.deepspeed, "DEEPSPEED")):
-        kind = arguments.distributed_state.distributed_type.value
-        if wanted and got == "FSDP" and arguments.device.type == "cpu":
-            raise UserError("FSDP was asked for, but accelerate runs it on accelerators only; on the CPU use ddp.yaml")
-        if wanted and got == "DEEPSPEED" and kind != "DEEPSPEED":
-            raise UserError(f"DeepSpeed was asked for, but accelerate started {kind}; check the accelerate config")
-
-
 def _agree_on_checkpoint(
     folder: Path, state: PartialState, arguments: TrainingArguments, console: Console
 ) -> Path | None:
@@ -202,7 +188,7 @@ def _agree_on_checkpoint(
         state.num_processes,
     ):
         raise UserError(
-            f"{checkpoint} was written by {world[1]} processes under {world[0]} and this is {state.num_processes} under "
+            f"{checkpoint} was written by {world[1]} processes under {world[0]}; this is {state.num_processes} under "
             f"{state.distributed_type.value}; under DeepSpeed a run resumes on the same number of processes only"
         )
     console.print(f"resuming {folder.name} from {checkpoint}")
@@ -217,13 +203,11 @@ def _build_model(phase: PhaseSpec, start: Path, device: torch.device, shape: Mod
     model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
     model.config.text_config.use_cache = False
     model = apply_training(model, phase.train)
-    # What trains has fp32 master weights (autocast computes in bf16); what is frozen stays as it was loaded.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if phase.recompute != "none":
-        recompute(base, every=1 if phase.recompute == "all" else phase.recompute, vision=bool(phase.train.vision_encoder))
+        recompute(
+            base, every=1 if phase.recompute == "all" else phase.recompute, vision=bool(phase.train.vision_encoder)
+        )
     if phase.compile:
         for layer in base.model.language_model.layers:
             layer.compile(dynamic=True)
@@ -244,14 +228,12 @@ def _check_window(config: Any, phase: PhaseSpec) -> None:
 def _export(trainer: PhaseTrainer, start: Path, target: Path, phase: PhaseSpec) -> None:
     """The trained model as a folder that stock transformers loads; gathered from all ranks, written by the main one."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if isinstance(model, PeftModel):
-        if trainer.args.should_save:
-            save_adapter(model, target, start)
-    else:
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # full, on the main process
-        if trainer.args.should_save:
-            dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
-            save_model_folder(target, {n: w.to(dtype) for n, w in weights.items()}, model.config, start)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, on the main process
+    if trainer.args.should_save and isinstance(model, PeftModel):
+        save_adapter(model, target, start, state_dict=weights)
+    elif trainer.args.should_save:
+        dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
+        save_model_folder(target, {name: w.to(dtype) for name, w in weights.items()}, model.config, start)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,10 +1,10 @@
 """A run: a folder in which a recipe's phases are trained one after the other, and continued after any stop.
 
-    <out>/recipe.yaml, run.json, log.jsonl, loss.png
-    <out>/base/               the composed model that the first phase starts from
-    <out>/prepare/            what became of every sample
-    <out>/<phase>/            checkpoint-N while it trains, model/ when it is finished
-    <out>/final/              the last phase's model (hard links)
+<out>/recipe.yaml, run.json, log.jsonl, loss.png
+<out>/base/               the composed model that the first phase starts from
+<out>/prepare/            what became of every sample
+<out>/<phase>/            checkpoint-N while it trains, model/ when it is finished
+<out>/final/              the last phase's model (hard links)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import AutoConfig
 from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.prepare import load_pool, prepare
 from huatuo_vision.inputs.sources import Source, ensure_made, open_source
+from huatuo_vision.launch import start_processes
 from huatuo_vision.model.compose import compose_processor, compose_weights, resolve_revision
 from huatuo_vision.model.flops import ModelShape
 from huatuo_vision.model.merge import merge
@@ -35,6 +36,7 @@ from huatuo_vision.recipe import Recipe, differing_keys, load_recipe, save_recip
 from huatuo_vision.run_record import environment, now, read_record, write_json
 from huatuo_vision.schema import UserError
 from huatuo_vision.training.curves import plot_losses
+from huatuo_vision.training.trackers import prepare_trackers
 from huatuo_vision.training.phase import discard_checkpoints, plan_phase, record_plan, run_phase
 
 
@@ -47,11 +49,11 @@ def train(
     recipe: Recipe, out: Path, *, phases: Sequence[str], fresh: bool, overrides: Sequence[str], console: Console
 ) -> Path | None:
     """Train the named phases of a recipe in `out`. Returns `out/final` when the recipe's last phase is finished."""
-    state = PartialState()
+    state = start_processes()
+    prepare_trackers(recipe.report_to, console)
     with _only_run_in(out, state.is_main_process):
         if state.is_main_process:
             _open_folder(recipe, out, fresh, overrides, console)
-            make_data(recipe, phases)
             _compose_base(recipe, out, console)
             encoder = Encoder(out / "base")
             report = prepare(recipe, phases, encoder, cache_folder(), out, console)
@@ -66,7 +68,7 @@ def train(
             if is_finished(folder):
                 console.print(f"{name} is finished already: {folder / 'model'}")
                 continue
-            start = _start_folder(recipe, name, out, state, console)
+            start = _start_folder(recipe, name, out, state)
             pool = load_pool(recipe, name, out, recipe.seed)
             data = plan_phase(recipe, name, pool, sources, encoder, shape, state.num_processes)
             if state.is_main_process:
@@ -90,12 +92,6 @@ def train(
         return out / "final"
 
 
-def make_data(recipe: Recipe, phases: Sequence[str]) -> None:
-    """Make the data of sources that make their own."""
-    for name in _sources_of(recipe, phases):
-        ensure_made(recipe.data[name], cache_folder())
-
-
 def open_sources(recipe: Recipe, phases: Sequence[str]) -> dict[str, Source]:
     return {name: open_source(name, recipe.data[name], cache_folder()) for name in _sources_of(recipe, phases)}
 
@@ -103,7 +99,8 @@ def open_sources(recipe: Recipe, phases: Sequence[str]) -> dict[str, Source]:
 def recipe_texts(recipe: Recipe) -> Iterator[str]:
     """All text that the recipe trains on, for a tokenizer trained from it."""
     every_phase = tuple(recipe.phases)
-    make_data(recipe, every_phase)
+    for name in _sources_of(recipe, every_phase):
+        ensure_made(recipe.data[name], cache_folder())
     return itertools.chain.from_iterable(source.texts() for source in open_sources(recipe, every_phase).values())
 
 
@@ -153,7 +150,9 @@ def _open_folder(recipe: Recipe, out: Path, fresh: bool, overrides: Sequence[str
     out.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, out / "recipe.yaml")
     if read_record(out) is None:
-        write_json(out / "run.json", {"schema": 1, "recipe": recipe.name, "started": now(), "finished": None, "phases": {}})
+        write_json(
+            out / "run.json", {"schema": 1, "recipe": recipe.name, "started": now(), "finished": None, "phases": {}}
+        )
     _record(out, fingerprint=recipe.fingerprint(), overrides=list(overrides), **environment())
 
 
@@ -192,7 +191,7 @@ def _origin(spec: Any) -> dict[str, Any]:
     return {"path": spec.path} if spec.path is not None else {"config": "random weights"}
 
 
-def _start_folder(recipe: Recipe, name: str, out: Path, state: PartialState, console: Console) -> Path:
+def _start_folder(recipe: Recipe, name: str, out: Path, state: PartialState) -> Path:
     names = list(recipe.phases)
     position = names.index(name)
     if position == 0:
@@ -200,13 +199,19 @@ def _start_folder(recipe: Recipe, name: str, out: Path, state: PartialState, con
     previous = out / names[position - 1]
     if not is_finished(previous):
         raise UserError(f"phase {name} starts from phase {previous.name}, which is not finished; run it first")
-    if not (previous / "model" / "adapter_config.json").exists():
-        return previous / "model"
-    merged = previous / "merged"  # an adapter can't be trained on top of another: merge it once
-    if state.is_main_process and not merged.exists():
-        console.print(f"merging the adapter of {previous.name}")
-        merge(previous / "model", merged)
+    if state.is_main_process:
+        plain_checkpoint(previous / "model")  # an adapter can't be trained on top of another
     _wait_for_main_process(state)
+    return plain_checkpoint(previous / "model")
+
+
+def plain_checkpoint(model: Path) -> Path:
+    """The folder itself, or where it is an adapter, the merged checkpoint beside it, made on first use."""
+    if not (model / "adapter_config.json").exists():
+        return model
+    merged = model.with_name("merged")
+    if not merged.exists():
+        merge(model, merged)
     return merged
 
 
@@ -259,7 +264,12 @@ def _wait_for_main_process(state: PartialState) -> None:
 def _print_summary(recipe: Recipe, out: Path, console: Console) -> None:
     record = read_record(out)
     table = Table(title=f"{recipe.name}", title_justify="left")
-    for column, justify in (("phase", "left"), ("samples", "right"), ("steps", "right"), ("trained parameters", "left")):
+    for column, justify in (
+        ("phase", "left"),
+        ("samples", "right"),
+        ("steps", "right"),
+        ("trained parameters", "left"),
+    ):
         table.add_column(column, justify=justify)
     table.add_column("loss", justify="right")
     table.add_column("time", justify="right")
@@ -267,6 +277,11 @@ def _print_summary(recipe: Recipe, out: Path, console: Console) -> None:
         parts = "\n".join(f"{part} {count:,}" for part, count in facts["trainable_parameters"].items() if count)
         minutes, seconds = divmod(round(facts["train_seconds"]), 60)
         loss = f"{facts['final_loss']:.4f}" if facts["final_loss"] is not None else ""
-        table.add_row(name, f"{facts['samples']:,}", f"{facts['optimizer_steps']:,}", parts, loss, f"{minutes}:{seconds:02d}")
+        table.add_row(
+            name, f"{facts['samples']:,}", f"{facts['optimizer_steps']:,}", parts, loss, f"{minutes}:{seconds:02d}"
+        )
     console.print(table)
-    console.print(f"model        {out / 'final'}\nloss curves  {out / 'loss.png'}\nrun record   {out / 'run.json'}", highlight=False)
+    console.print(
+        f"model        {out / 'final'}\nloss curves  {out / 'loss.png'}\nrun record   {out / 'run.json'}",
+        highlight=False,
+    )

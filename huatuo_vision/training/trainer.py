@@ -33,7 +33,9 @@ TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 
 class PhaseTrainer(Trainer):
-    def __init__(self, phase: PhaseSpec, rows: PlannedRows, row_flops: Callable[[dict[str, int]], float], **kwargs: Any):
+    def __init__(
+        self, phase: PhaseSpec, rows: PlannedRows, row_flops: Callable[[dict[str, int]], float], **kwargs: Any
+    ):
         super().__init__(train_dataset=rows, data_collator=only_row, **kwargs)
         self.phase, self.rows, self.row_flops = phase, rows, row_flops
         self.folder = Path(self.args.output_dir)
@@ -63,7 +65,11 @@ class PhaseTrainer(Trainer):
         return batch_samples[0]["stats"]["step_targets"]
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
         inputs = dict(inputs)
         stats, target_sources = inputs.pop("stats"), inputs.pop("target_sources")
@@ -89,7 +95,9 @@ class PhaseTrainer(Trainer):
                 try:
                     import bitsandbytes
                 except ImportError:
-                    raise UserError("optimizer adamw_8bit needs bitsandbytes; pip install bitsandbytes, or name: adamw") from None
+                    raise UserError(
+                        "optimizer adamw_8bit needs bitsandbytes; pip install bitsandbytes, or name: adamw"
+                    ) from None
                 self.optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=spec.betas, eps=spec.eps)
             else:
                 fused = self.args.device.type in ("cpu", "cuda")
@@ -112,12 +120,14 @@ class PhaseTrainer(Trainer):
         listing = self.folder / f"non-finite-step-{step}.json"
         loss, *norm = values.flatten().tolist()
         if self.args.should_save:
-            write_json(listing, {"step": step, "loss": loss, "gradient_norm": norm[0] if norm else None, "samples": ids})
+            write_json(
+                listing, {"step": step, "loss": loss, "gradient_norm": norm[0] if norm else None, "samples": ids}
+            )
         raise UserError(
             f"optimizer step {step} of {self.folder.name} is not finite (loss {loss}"
             + (f", gradient norm {norm[0]}" if norm else "")
-            + f") and was not applied; its {len(ids)} samples are {', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''} "
-            f"(all in {listing}); look at them, or lower the learning rate and start with --fresh"
+            + f") and was not applied; its {len(ids)} samples are {', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}"
+            f" (all in {listing}); look at them, or lower the learning rate and start with --fresh"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

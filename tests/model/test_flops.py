@@ -72,6 +72,17 @@ def test_a_step_costs_what_torch_counts(train: TrainSpec, text: str):
     assert step_flops(shape, train, **as_counted(TOKENS)) == pytest.approx(measured, rel=0.01)
 
 
+def test_the_gradient_passes_a_frozen_projector_on_its_way_to_the_encoder():
+    shape = ModelShape.from_config(tiny_config())
+    row = as_counted(TOKENS)
+    with_projector, without = (
+        step_flops(shape, train, **row)
+        for train in (TrainSpec(vision_encoder=LR, projector=LR), TrainSpec(vision_encoder=LR))
+    )
+    # Tower and language model cost the same; only the projector's weight gradient is spared.
+    assert with_projector - without == forward_flops(shape, **row)["projector"]
+
+
 def test_a_row_of_several_samples_adds_up():
     shape = ModelShape.from_config(tiny_config())
     lone = [

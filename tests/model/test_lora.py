@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils import save_and_load
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
@@ -143,6 +144,17 @@ def test_saving_from_gathered_weights_is_the_same(adapter: tuple[Path, nn.Module
     first, second = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "gathered"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_saving_asks_the_hub_nothing(
+    adapter: tuple[Path, nn.Module], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def asked(*_: object) -> bool:
+        raise AssertionError("saving an adapter asked the Hub about its base model")
+
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", asked)
+    adapter[1].peft_config["default"].base_model_name_or_path = "someone/base"
+    save_adapter(adapter[1], tmp_path / "offline", base)
 
 
 def test_merged_is_a_plain_checkpoint_of_the_trained_model(adapter: tuple[Path, nn.Module], tmp_path: Path):

@@ -14,7 +14,15 @@ from huatuo_vision.model.llava import PackedLlava, recompute
 from huatuo_vision.schema import UserError
 from tests.model.tiny import IMAGE_SIZE, IMAGE_TOKEN, PATCHES, VOCABULARY, tiny_config
 
-MODEL_INPUTS = ("input_ids", "position_ids", "logits_to_keep", "shift_labels", "cu_seq_lens", "sample_lengths", "pixel_values")
+MODEL_INPUTS = (
+    "input_ids",
+    "position_ids",
+    "logits_to_keep",
+    "shift_labels",
+    "cu_seq_lens",
+    "sample_lengths",
+    "pixel_values",
+)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "mistral"])

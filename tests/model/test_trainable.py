@@ -122,11 +122,11 @@ def test_a_tied_head_trains_with_the_embeddings_and_counts_once():
     assert untied - parameter_counts(model)["language_model"][1] == model.lm_head.weight.numel()
 
 
-def test_what_trains_is_fp32_and_what_is_frozen_keeps_its_dtype():
-    model = apply_training(tiny_llava().bfloat16(), train_spec("projector", "language_model"))
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    assert {dtypes[name] for name in trained_names(model)} == {torch.float32}
-    assert {dtypes[name] for name in dtypes.keys() - trained_names(model)} == {torch.bfloat16}
+@pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
+def test_parts_that_train_are_fp32_and_frozen_ones_keep_their_dtype(parts: tuple[str, ...]):
+    model = apply_training(tiny_llava().bfloat16(), train_spec(*parts))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if part_of(name) in parts else torch.bfloat16), name
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**tiny_batch()).loss
     loss.backward()

@@ -50,10 +50,23 @@ def test_each_phase_changes_what_it_trains_and_nothing_else(finished):
 
 def test_the_log_has_every_measure(finished):
     lines = log_lines(finished, ("phase", "step", "loss", "grad_norm", "lr/projector", "data_wait_share"))
-    assert [line[:2] for line in lines] == [("align", 4), ("align", 8), ("align", 12), ("instruct", 4), ("instruct", 8), ("instruct", 12)]
+    assert [line[:2] for line in lines] == [
+        ("align", 4),
+        ("align", 8),
+        ("align", 12),
+        ("instruct", 4),
+        ("instruct", 8),
+        ("instruct", 12),
+    ]
     assert all(value is not None for line in lines for value in line)
     last = json.loads((finished / "log.jsonl").read_text().splitlines()[-1])
-    for key in ("lr/vision_encoder", "lr/language_model", "supervised_tokens_per_second", "samples_per_second", "peak_memory_gib"):
+    for key in (
+        "lr/vision_encoder",
+        "lr/language_model",
+        "supervised_tokens_per_second",
+        "samples_per_second",
+        "peak_memory_gib",
+    ):
         assert last[key] > 0, key
 
 
@@ -99,7 +112,7 @@ def test_accumulation_changes_nothing(launcher, finished, tmp_path):
 def test_killed_at_a_random_step_and_started_again_is_the_uninterrupted_run(launcher, finished, tmp_path):
     out = tmp_path / "killed"
     phase = random.choice(["align", "instruct"])
-    launcher.run_and_kill(out, when=lambda: (out / phase / "checkpoint-5").exists(), *[])
+    launcher.run_and_kill(out, lambda: (out / phase / "checkpoint-5").exists())
     assert not (out / "final").exists()
     done = launcher.run(out)
     assert f"resuming {phase} from" in done.stdout or phase == "align"
@@ -168,7 +181,14 @@ def test_instruct_needs_align(launcher, tmp_path):
 def test_dry_run_counts_and_trains_nothing(launcher, tmp_path):
     done = launcher.run(tmp_path / "dry", "--dry-run")
     text = " ".join(done.stdout.split())
-    for expected in ("optimizer steps", "captions", "trained parameters", "GPU-hours", "memory per GPU", "supervised tokens marked"):
+    for expected in (
+        "optimizer steps",
+        "captions",
+        "trained parameters",
+        "GPU-hours",
+        "memory per GPU",
+        "supervised tokens marked",
+    ):
         assert expected in text, expected
     assert "[16 image tokens]" in text
     assert not (tmp_path / "dry").exists()

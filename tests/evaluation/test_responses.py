@@ -1,0 +1,128 @@
+"""Answers on disk: nothing lost, nothing twice, nobody else's."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from huatuo_vision.evaluation import responses
+from huatuo_vision.schema import UserError
+
+HEADER = responses.Header("runs/a/final", "0123", "float32", {"phantom": "abcd"}, blind=False, limit=None)
+
+
+def row(number: int, reply: str = "B") -> dict:
+    return {
+        "benchmark": "phantom", "id": f"q{number}", "question_type": "multiple-choice", "question": "Which?",
+        "options": ["one", "two"], "answer": "B", "response": reply, "groups": {}, "image_sha256": [],
+    }  # fmt: skip
+
+
+def keys(*numbers: int) -> list[tuple[str, str]]:
+    return [("phantom", f"q{number}") for number in numbers]
+
+
+def test_the_same_evaluation_may_go_on_under_another_path_to_the_same_weights(tmp_path):
+    responses.claim_folder(tmp_path, HEADER)
+    responses.append(tmp_path / "responses.rank0.jsonl", [row(1)])
+    responses.claim_folder(tmp_path, HEADER)
+    responses.claim_folder(tmp_path, replace(HEADER, model="/elsewhere/final"))
+
+
+def test_a_folder_without_answers_is_anyones(tmp_path):
+    responses.claim_folder(tmp_path, HEADER)
+    responses.claim_folder(tmp_path, replace(HEADER, blind=True))
+    assert json.loads((tmp_path / "eval.json").read_text())["blind"] is True
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": "runs/b/final", "weights": "9999"}, r"model: runs/a/final \(weights 0123\) there, runs/b/final"),
+        ({"protocols": {"phantom": "ffff"}}, "protocol: .*abcd.* there, .*ffff.* now"),
+        ({"blind": True}, "blind: false there, true now"),
+        ({"limit": 5}, "limit: null there, 5 now"),
+        ({"precision": "bfloat16"}, "precision: float32 there, bfloat16 now"),
+    ],
+)
+def test_answers_of_another_evaluation_are_refused_naming_the_difference(tmp_path, changed, said):
+    responses.claim_folder(tmp_path, HEADER)
+    responses.append(tmp_path / "responses.rank2.jsonl", [row(1)])
+    with pytest.raises(UserError, match=f"answers with another {said}"):
+        responses.claim_folder(tmp_path, replace(HEADER, **changed))
+    assert json.loads((tmp_path / "eval.json").read_text())["weights"] == "0123"
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="out: no folder can be made there"):
+        responses.claim_folder(tmp_path / "out", HEADER)
+
+
+def test_answers_without_a_header_are_refused(tmp_path):
+    responses.append(tmp_path / "responses.jsonl", [row(1)])
+    with pytest.raises(UserError, match="no eval.json"):
+        responses.claim_folder(tmp_path, HEADER)
+    (tmp_path / "eval.json").write_text('{"model": "x"}')
+    with pytest.raises(UserError, match="not the header"):
+        responses.claim_folder(tmp_path, HEADER)
+
+
+@pytest.mark.parametrize("kept", [1, 40, -1])
+def test_a_torn_last_line_is_dropped_and_whole_lines_stay(tmp_path, kept):
+    path = tmp_path / "responses.rank0.jsonl"
+    responses.append(path, [row(1), row(2, "é")])
+    whole = path.read_bytes()
+    path.write_bytes(whole + responses.json_lines([row(3, "ünfinished")]).encode()[:kept])
+    responses.drop_torn_lines(tmp_path)
+    assert path.read_bytes() == whole
+    responses.drop_torn_lines(tmp_path)
+    assert list(responses.finished(tmp_path)) == keys(1, 2)
+
+
+def test_answers_of_all_processes_become_one_file_in_benchmark_order(tmp_path):
+    responses.append(tmp_path / "responses.rank1.jsonl", [row(4), row(2)])
+    responses.append(tmp_path / "responses.rank0.jsonl", [row(3), row(1)])
+    merged = responses.merge(tmp_path, keys(1, 2, 3, 4))
+    assert [r["id"] for r in merged] == ["q1", "q2", "q3", "q4"]
+    assert responses.read_responses(tmp_path / "responses.jsonl") == merged
+    assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl"]
+
+
+def test_a_kill_between_merging_and_cleaning_up_counts_no_answer_twice(tmp_path):
+    responses.append(tmp_path / "responses.rank0.jsonl", [row(1), row(2)])
+    responses.append(tmp_path / "responses.jsonl", [row(1), row(2)])
+    assert len(responses.merge(tmp_path, keys(1, 2))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl"]
+
+
+def test_two_different_answers_to_one_question_are_refused(tmp_path):
+    responses.append(tmp_path / "responses.rank0.jsonl", [row(1, "A")])
+    responses.append(tmp_path / "responses.rank1.jsonl", [row(1, "B")])
+    with pytest.raises(UserError, match="two different answers to phantom row 'q1'"):
+        responses.finished(tmp_path)
+
+
+def test_a_missing_or_foreign_answer_is_refused_and_nothing_is_written(tmp_path):
+    responses.append(tmp_path / "responses.rank0.jsonl", [row(1), row(9)])
+    with pytest.raises(UserError, match="lacks 1 answers, first 'q2'"):
+        responses.merge(tmp_path, keys(1, 2, 9))
+    with pytest.raises(UserError, match="'q9', which the benchmark does not have"):
+        responses.merge(tmp_path, keys(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["responses.rank0.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([row(1), row(1)], "line 2: phantom row 'q1' stands there twice"),
+        ([row(1), "{"], "line 2: not JSON"),
+        ([row(1), {k: v for k, v in row(2).items() if k != "answer"}], "line 2: without answer"),
+        ([[1]], "line 1: without benchmark, id"),
+    ],
+)
+def test_a_line_that_is_no_row_is_refused_by_number(tmp_path, lines, said):
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    with pytest.raises(UserError, match=said):
+        responses.read_responses(path)
