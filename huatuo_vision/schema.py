@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -68,11 +67,6 @@ class ImageRef:
         if self.archive is not None:
             return f"{self.archive}!{self.member}"
         return f"<{len(self.data or b'')} bytes>"
-
-    def digest(self) -> str:
-        import hashlib
-
-        return hashlib.sha256(self.data or Path(self.path).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

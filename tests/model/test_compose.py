@@ -109,7 +109,7 @@ def test_a_prompt_with_two_images_has_their_tokens_in_place(tmp_path: Path) -> N
 
 
 def test_image_takes_a_spare_row_and_changes_no_weight(tmp_path: Path) -> None:
-    original = write_language_model(tmp_path / "lm", "qwen2", spare_rows=8)
+    original = write_language_model(tmp_path / "lm", "qwen2", spare_rows=8, extra=["<|reserved_special_token_0|>"])
     ids = len(PreTrainedTokenizerFast.from_pretrained(tmp_path / "lm"))
     model = load_stock(composed(model_spec(language={"path": str(tmp_path / "lm")}), tmp_path / "out"))
     assert model.config.image_token_index == ids
@@ -153,6 +153,8 @@ def test_else_the_embedding_grows_by_mean_rows(tied: bool, tmp_path: Path) -> No
 def test_the_tokenizer_adds_nothing_of_its_own(tmp_path: Path) -> None:
     write_language_model(tmp_path / "lm", "llama", bos="<|begin|>")
     original = PreTrainedTokenizerFast.from_pretrained(tmp_path / "lm")
+    config = json.loads((tmp_path / "lm/config.json").read_text())
+    (tmp_path / "lm/config.json").write_text(json.dumps(config | {"pad_token_id": original.eos_token_id}))
     assert original("a").input_ids != original.encode("a", add_special_tokens=False)
     compose_processor(model_spec(language={"path": str(tmp_path / "lm")}), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -231,8 +233,12 @@ def test_the_seed_decides_the_weights_and_nothing_else_is_touched(tmp_path: Path
     one = composed(spec, tmp_path / "one", seed=1)
     assert torch.equal(torch.rand(1), expected_draw)
     same, other = composed(spec, tmp_path / "same", seed=1), composed(spec, tmp_path / "other", seed=2)
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (one, same, other)]
-    assert weights[0] == weights[1] != weights[2]
+    assert (one / "model.safetensors").read_bytes() == (same / "model.safetensors").read_bytes()
+    before, after = load_stock(one).state_dict(), load_stock(other).state_dict()
+    for part in ("vision_tower.embeddings.patch_embedding", "multi_modal_projector.linear_1", "language_model.norm"):
+        changed = not torch.equal(before[f"model.{part}.weight"], after[f"model.{part}.weight"])
+        assert changed == (part != "language_model.norm"), part  # a norm starts at one whatever the seed
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
 def test_the_projector_is_fresh(tmp_path: Path) -> None:
