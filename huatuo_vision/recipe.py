@@ -89,6 +89,12 @@ class Pretrained(Strict):
     revision: str | None = None
     path: str | None = None
 
+    @model_validator(mode="after")
+    def _check_revision(self) -> Pretrained:
+        if self.revision is not None and self.id is None:
+            raise _refuse("revision is of a Hub id; remove it, or give id")
+        return self
+
     @property
     def location(self) -> str | None:
         return self.id or self.path
@@ -136,7 +142,9 @@ class LanguageModelSpec(Pretrained):
 
 def _feature_layer(value: Any) -> Any:
     if value == 0:
-        raise _refuse("0 is the patch embedding, before any layer; count layers from 1, or from the end with -1, -2, ...")
+        raise _refuse(
+            "0 is the patch embedding, before any layer; count layers from 1, or from the end with -1, -2, ..."
+        )
     return value
 
 

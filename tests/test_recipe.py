@@ -82,6 +82,7 @@ REFUSED = [
     ("phases.align.data=[{source: captions, weight: 1, rows: 1}]", "give rows or weight, not both"),
     ("phases.align.data=[{source: captions}, {source: captions}]", "a source stands twice"),
     ("model.language_model.tokenizer=null", "has no tokenizer"),
+    ("model.vision_encoder.revision=main", "model.vision_encoder: revision is of a Hub id; remove it, or give id"),
     ("model.feature_layer=0", "model.feature_layer: 0 is the patch embedding"),
     ("model.vision_encoder.path=x", "give exactly one of id, path, config; got path and config"),
     ("data.captions.path=x", "adapter phantom makes its own data; remove path"),

@@ -57,13 +57,6 @@ class PackedLlava(LlavaForConditionalGeneration):
         return F.cross_entropy(logits.float(), shift_labels, reduction="none")
 
 
-def as_packed(model: LlavaForConditionalGeneration) -> PackedLlava:
-    """The same model with the packed forward. Loading the subclass itself would miss tensors: transformers renames
-    hub-layout names for its own classes only."""
-    model.__class__ = PackedLlava
-    return model
-
-
 def recompute(model: PackedLlava, every: int, vision: bool = False) -> None:
     """Recompute activations of every n-th decoder layer (and encoder layer, where it trains) in the backward."""
     for tower in (model.model.language_model, *((model.model.vision_tower,) if vision else ())):
