@@ -30,8 +30,6 @@ def main_console() -> Console:
     """A console that only the main process speaks through, with the libraries' own chatter turned down."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
-    # bitsandbytes reports at import that an optional CPU kernel can't be downloaded.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return Console(quiet=launched_world().rank != 0)
 
 
@@ -82,6 +80,8 @@ class ProgressLog(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step)
+        # A checkpoint closes the averages, so that a resumed run logs what an unbroken one does.
+        control.should_log = control.should_log or control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" not in logs:

@@ -36,8 +36,8 @@ from huatuo_vision.recipe import Recipe, differing_keys, load_recipe, save_recip
 from huatuo_vision.run_record import environment, now, read_record, write_json
 from huatuo_vision.schema import UserError
 from huatuo_vision.training.curves import plot_losses
-from huatuo_vision.training.trackers import prepare_trackers
 from huatuo_vision.training.phase import discard_checkpoints, plan_phase, record_plan, run_phase
+from huatuo_vision.training.trackers import prepare_trackers
 
 
 def cache_folder() -> Path:

@@ -115,8 +115,8 @@ class PhaseTrainer(Trainer):
         return norm
 
     def _stop_non_finite(self, values: torch.Tensor) -> None:
-        step = self.state.global_step
-        ids = self.rows.pool.ids(self.rows.plan.step(step))
+        ids = self.rows.pool.ids(self.rows.plan.step(self.state.global_step))
+        step = self.state.global_step + 1  # as the log counts them
         listing = self.folder / f"non-finite-step-{step}.json"
         loss, *norm = values.flatten().tolist()
         if self.args.should_save:

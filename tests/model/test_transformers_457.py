@@ -1,15 +1,9 @@
 """A folder of ours gives transformers 4.57 the same token ids, pixels and logits as it gives 5.x.
-
-The test makes a virtual environment with the old version once, in `HUATUO_ENVS` or else in the repository's
-ignored `.venv-4.57/`. It borrows everything but transformers and what is tied to it from the running environment.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from huatuo_vision.model.compose import compose_processor, compose_weights
 from huatuo_vision.recipe import ModelSpec
+from tests.environments import python_with
 from tests.model.parts import (
     CLIP,
     SIGLIP,
@@ -71,17 +66,7 @@ for folder in sys.argv[1:]:
 
 @pytest.fixture(scope="session")
 def old_python() -> Path:
-    root = Path(os.environ.get("HUATUO_ENVS", Path(__file__).parents[2]))
-    environment = root / ".venv-4.57"
-    python, complete = environment / "bin/python", environment / ".complete"
-    if not complete.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES], check=True)
-        # Its own packages come first on sys.path, so only what it lacks is taken from here.
-        purelib = sysconfig.get_path("purelib", vars={"base": str(environment)})
-        (Path(purelib) / "running_environment.pth").write_text(str(Path(torch.__file__).parents[1]))
-        complete.touch()
-    return python
+    return python_with("4.57", PACKAGES)
 
 
 def specs(tmp_path: Path) -> dict[str, ModelSpec]:

@@ -50,14 +50,9 @@ def test_each_phase_changes_what_it_trains_and_nothing_else(finished):
 
 def test_the_log_has_every_measure(finished):
     lines = log_lines(finished, ("phase", "step", "loss", "grad_norm", "lr/projector", "data_wait_share"))
-    assert [line[:2] for line in lines] == [
-        ("align", 4),
-        ("align", 8),
-        ("align", 12),
-        ("instruct", 4),
-        ("instruct", 8),
-        ("instruct", 12),
-    ]
+    # Every 4 steps, and at the checkpoints.
+    steps = (4, 5, 8, 10, 12)
+    assert [line[:2] for line in lines] == [(phase, step) for phase in ("align", "instruct") for step in steps]
     assert all(value is not None for line in lines for value in line)
     last = json.loads((finished / "log.jsonl").read_text().splitlines()[-1])
     for key in (
@@ -143,10 +138,11 @@ def test_a_step_that_is_not_finite_is_not_applied(launcher, tmp_path):
     out = tmp_path / "nan"
     done = launcher.run(out, "--set", "phases.align.train.projector.lr=1e38", code=2)
     sentence = " ".join(done.stderr.split())
-    assert "optimizer step 1 of align is not finite" in sentence
+    # The first step warms up at zero, the second runs away, the third shows it.
+    assert "optimizer step 3 of align is not finite" in sentence
     assert "Alignment_VQA_" in sentence
     assert "Traceback" not in done.stderr
-    listing = json.loads((out / "align/non-finite-step-1.json").read_text())
+    listing = json.loads((out / "align/non-finite-step-3.json").read_text())
     assert len(listing["samples"]) == 8
     assert not (out / "align/model").exists()
 
