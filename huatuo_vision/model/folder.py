@@ -105,9 +105,17 @@ def save_weights(folder: Path, state_dict: Mapping[str, Tensor], config: LlavaCo
     """Shards of safetensors (and their index), from tensors under their names in memory. A tied head is left out."""
     tied = config.tie_word_embeddings
     canonical = {
-        canonical_name(name): tensor for name, tensor in state_dict.items() if not (tied and name == "lm_head.weight")
+        canonical_name(name): _own_storage(tensor)
+        for name, tensor in state_dict.items()
+        if not (tied and name == "lm_head.weight")
     }
     save_torch_state_dict(canonical, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """Weights gathered from FSDP can be views of a larger buffer, which safetensors refuses to save."""
+    spans = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if spans else tensor.clone()
 
 
 def save_model_folder(folder: Path, state_dict: Mapping[str, Tensor], config: LlavaConfig, source_folder: Path) -> None:

@@ -1,0 +1,50 @@
+"""The shipped FSDP2 configuration shards the model over two processes, learns the same, resumes, and writes it whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.training.conftest import ROOT, TINY, largest_difference
+
+
+def start(launcher, out) -> subprocess.Popen:
+    environment = launcher.environment()
+    del environment["ACCELERATE_USE_CPU"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
+    command += ["--num_processes", "2", "--main_process_port", "0", "-m", "tests.training.fsdp2_on_cpu"]
+    return subprocess.Popen(
+        [*command, "--recipe", str(TINY), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_learn_what_one_learns_also_resumed(launcher, finished, tmp_path):
+    out = tmp_path / "fsdp"
+    process = start(launcher, out)
+    deadline = time.monotonic() + 300
+    while not (out / "instruct/checkpoint-5/manifest.json").exists():
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    files = json.loads((out / "instruct/checkpoint-5/manifest.json").read_text())["files"]
+    assert any(name.startswith("pytorch_model_fsdp_0/") for name in files), "FSDP wrote no sharded weights"
+
+    process = start(launcher, out)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert "resuming instruct from" in output
+    assert json.loads((out / "run.json").read_text())["hardware"]["world_size"] == 2
+    assert largest_difference(finished / "final", out / "final") < 2e-5
