@@ -1,8 +1,8 @@
-"""A folder of ours gives transformers 4.57 the same token ids, pixels and logits as it gives 5.x.
-"""
+"""A folder of ours gives transformers 4.57 the same token ids, pixels and logits as it gives 5.x."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The shipped FSDP2 configuration shards the model over two processes, learns the same, resumes, and writes it whole."""
+"""The shipped FSDP2 configuration shards over two processes, learns the same, resumes, and writes the model whole."""
 
 import json
 import os

@@ -10,14 +10,22 @@ from tests.training.conftest import ROOT, Launcher, largest_difference
 
 # 5.17 asks for huggingface_hub < 2.
 PACKAGES = ("transformers==5.17.0", "huggingface_hub==1.33.0")
-SENSITIVE = ("tests/model/test_packing.py", "tests/model/test_lora.py", "tests/model/test_folder.py", "tests/inputs/test_encode.py")
+SENSITIVE = (
+    "tests/model/test_packing.py",
+    "tests/model/test_lora.py",
+    "tests/model/test_folder.py",
+    "tests/inputs/test_encode.py",
+)
 
 
 @pytest.fixture(scope="session")
 def old_python():
     python = python_with("5.17", PACKAGES)
     printed = subprocess.run(
-        [python, "-c", "import transformers; print(transformers.__version__)"], capture_output=True, text=True, check=True
+        [python, "-c", "import transformers; print(transformers.__version__)"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert printed.stdout.strip() == "5.17.0"
     return python
