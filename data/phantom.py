@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from huatuo_vision.schema import UserError
 
 # Goes up whenever the same arguments would give other bytes.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
 ALIGNMENT_FILE = "PubMedVision_Alignment_VQA.json"
 INSTRUCTION_FILE = "PubMedVision_InstructionTuning_VQA.json"
@@ -69,8 +69,12 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "count": COUNTS,
     "size": SIZES,
 }
-MOST_OPTIONS = 4
-LETTERS = "ABCD"
+# The options a question offers, always in this order: which letter is right depends on the picture alone, and every
+# letter is right equally often because every answer is. A question about the body part offers the four of its group.
+OPTIONS = {subject: (answers,) for subject, answers in ANSWERS.items()} | {
+    "body_part": tuple(BODY_PARTS[i : i + 4] for i in range(0, len(BODY_PARTS), 4))
+}
+LETTERS = "ABCDEF"
 ORDINALS = ("first", "second", "third")
 
 OPTION_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -120,7 +124,7 @@ TEXT_ONLY = (
 # Tags of the random streams. A stream's spawn key is (split, purpose, index, index), always four numbers, so that
 # no two streams coincide: a test picture is never a training picture, whatever the seeds and the numbers of records.
 TRAIN, TEST = 0, 1
-_CONTENT, _PICTURE, _SUBJECT, _KIND, _TURNS, _PAIR, _ANSWER, _LETTER = range(8)
+_CONTENT, _PICTURE, _SUBJECT, _KIND, _TURNS, _PAIR, _ANSWER = range(7)
 _HIGHEST_SEED = 2**32 - 1
 
 
@@ -206,26 +210,21 @@ def _pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Lead:
-    """The first question of a record: its subject, the answer it shall have, and the place of the right option."""
+    """The first question of a record: its subject, and the answer it shall have."""
 
     subject: str
     answer: str
-    position: int
 
 
 def _lead(seed: int, split: int, index: int) -> _Lead:
-    """Subject, answer and option place of record `index`, each balanced over the records and independent of the text.
+    """Subject and answer of record `index`, each balanced over the records.
 
-    Every six records hold every subject once, so index // 6 counts the records of one subject. Each cycle over a
-    subject's answers shifts the place of the right option by one, so that every answer takes every place equally.
+    Every six records hold every subject once, so index // 6 counts the records of one subject.
     """
     number = _stratified(seed, split, _SUBJECT, index, len(SUBJECTS))
     subject, rank = SUBJECTS[number], index // len(SUBJECTS)
     answers = ANSWERS[subject]
-    level = _stratified(seed, split, _ANSWER, rank, len(answers), number)
-    n_options = min(MOST_OPTIONS, len(answers))
-    shift = _stratified(seed, split, _LETTER, rank // len(answers), n_options, number)
-    return _Lead(subject, answers[level], (level + shift) % n_options)
+    return _Lead(subject, answers[_stratified(seed, split, _ANSWER, rank, len(answers), number)])
 
 
 def _draw_facts(rng: np.random.Generator, anatomy: str, present: bool, given: dict[str, str]) -> Facts:
@@ -242,15 +241,9 @@ def _draw_facts(rng: np.random.Generator, anatomy: str, present: bool, given: di
     return Facts(modality, body_part, count if present else 0, size, side)
 
 
-def _options(
-    rng: np.random.Generator, answers: Sequence[str], answer: str, position: int | None = None
-) -> tuple[str, ...]:
-    """The answer among others drawn evenly, so that no option is likelier than another; `position` is its place."""
-    others = [other for other in answers if other != answer]
-    n_options = min(MOST_OPTIONS, len(answers))
-    options = [others[i] for i in rng.permutation(len(others))[: n_options - 1]]
-    options.insert(int(rng.integers(n_options)) if position is None else position, answer)
-    return tuple(options)
+def _options(subject: str, answer: str) -> tuple[str, ...]:
+    """The options of a multiple-choice question about `subject` of which `answer` is one."""
+    return next(options for options in OPTIONS[subject] if answer in options)
 
 
 def _about(question: str, image: int, n_images: int) -> str:
@@ -265,18 +258,17 @@ def _question(
     image: int,
     subject: str,
     multiple_choice: bool,
-    position: int | None = None,
 ) -> Turn:
     question = _about(_pick(rng, QUESTIONS[subject]), image, len(pictures))
     answer = pictures[image].answer(subject)
-    options = _options(rng, ANSWERS[subject], answer, position) if multiple_choice else ()
+    options = _options(subject, answer) if multiple_choice else ()
     return Turn(subject, image, question, answer, options)
 
 
 def _comparison(rng: np.random.Generator, pictures: Sequence[Facts], image: int, multiple_choice: bool) -> Turn:
     """Which image shows a finding: `image`, alone."""
     names = tuple(f"the {ORDINALS[k]} image" for k in range(len(pictures)))
-    options = _options(rng, names, names[image]) if multiple_choice else ()
+    options = names if multiple_choice else ()
     return Turn("finding", image, _pick(rng, QUESTIONS["comparison"]), names[image], options)
 
 
@@ -297,7 +289,7 @@ def _follow_ups(rng: np.random.Generator, lead: str, anatomy: str, n: int) -> li
 
 # Shares of the training records.
 _KIND_CYCLE = 25  # 1 of 25 without an image, 3 with two images, 2 with three
-_TURN_CYCLE = 6  # 1 of 6 with two turns, 1 with three
+_TURN_CYCLE = 3  # 1 of 3 with two turns, 1 with three
 _MULTIPLE_CHOICE_SHARE = 0.62
 _COMPARISON_SHARE = 0.25  # of the records with several images
 _TEST_PAIR_CYCLE = 10  # 1 of 10 test questions has two images
@@ -340,7 +332,7 @@ def make_train_record(seed: int, index: int) -> Record:
     if comparison:
         turns = [_comparison(rng, pictures, image, choice)]
     else:
-        turns = [_question(rng, pictures, image, subject, choice, lead.position)]
+        turns = [_question(rng, pictures, image, subject, choice)]
     asked = {(image, subject)}
     for further in plan:
         about = image
@@ -356,7 +348,8 @@ def make_train_record(seed: int, index: int) -> Record:
 
 def _text_only_record(rng: np.random.Generator) -> Record:
     question, answer, wrong = TEXT_ONLY[int(rng.integers(len(TEXT_ONLY)))]
-    options = _options(rng, (answer, wrong), answer) if rng.random() < _MULTIPLE_CHOICE_SHARE else ()
+    pair = (answer, wrong) if rng.random() < 0.5 else (wrong, answer)
+    options = pair if rng.random() < _MULTIPLE_CHOICE_SHARE else ()
     described = TEXT_ONLY[int(rng.integers(len(TEXT_ONLY)))]
     return Record((), (Turn("text", 0, question, answer, options),), described[:2])
 
@@ -394,7 +387,7 @@ def make_test_record(seed: int, index: int) -> Record:
     if comparison:
         turn = _comparison(rng, pictures, image, multiple_choice=True)
     else:
-        turn = _question(rng, pictures, image, lead.subject, multiple_choice=True, position=lead.position)
+        turn = _question(rng, pictures, image, lead.subject, multiple_choice=True)
     return Record(tuple(pictures), (turn,), ("", ""))
 
 

@@ -45,7 +45,7 @@ def test_the_map_names_what_is_there():
         entry = line.split()[0] if line.strip() else ""
         inside = "huatuo_vision" if line.startswith("  ") and not line.startswith("   ") else "."
         for name in (entry.rstrip(","),):
-            if name and (name.endswith("/") or name.endswith(".py")):
+            if name and (name.endswith(("/", ".py"))):
                 assert (ROOT / inside / name).exists(), name
 
 

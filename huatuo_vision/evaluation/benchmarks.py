@@ -53,7 +53,11 @@ def phantom() -> Benchmark:
     folder.parent.mkdir(parents=True, exist_ok=True)
     arguments = ["--out", str(folder), "--train", "0", "--test", str(expected_n), "--seed", str(seed)]
     made = subprocess.run(
-        [sys.executable, "-m", "data.phantom", *arguments], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "data.phantom", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     if made.returncode != 0:
         raise UserError(f"benchmark phantom could not be made: {' '.join(made.stderr.split())}")

@@ -219,14 +219,14 @@ def ensure_made(spec: SourceSpec, cache_dir: Path) -> None:
     if spec.adapter != "phantom":
         return
     folder = _phantom_folder(spec, Path(cache_dir).absolute())
-    if (folder / "manifest.json").exists():  # the folder is renamed into place when it is whole
-        return
     arguments = {"--out": folder, "--train": spec.train, "--test": spec.test or 0, "--seed": spec.seed or 0}
     command = [sys.executable, "-m", "data.phantom", *(str(part) for pair in arguments.items() for part in pair)]
     if not (REPOSITORY / "data" / "phantom.py").is_file():
         raise UserError(f"adapter phantom needs data/phantom.py, which is not in {REPOSITORY}; run from a checkout")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    code = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+    # The command checks a folder that is there, and has nothing to say of one that is whole.
+    stdout = subprocess.DEVNULL if folder.exists() else None
+    code = subprocess.run(command, cwd=REPOSITORY, check=False, stdout=stdout).returncode
     if code != 0:
         raise UserError(f"making the phantom data ended with exit code {code}; its message stands above")
 

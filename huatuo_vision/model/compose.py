@@ -500,7 +500,12 @@ def _language_model(spec: LanguageModelSpec, config: PreTrainedConfig) -> PreTra
 def _vision_encoder(spec: VisionEncoderSpec, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The vision half of a CLIP or SigLIP checkpoint, or random weights."""
     if spec.config is not None:
-        return AutoModel.from_config(config, dtype=dtype)
+        encoder = AutoModel.from_config(config, dtype=dtype)
+        # transformers starts patch weights and positions at one scale, so that a patch's place is a tenth of what it
+        # shows; a small encoder then learns what, and for thousands of steps not where. As large as a patch, it does.
+        with torch.no_grad():
+            encoder.get_submodule("embeddings.position_embedding").weight.normal_(std=0.2)
+        return encoder
     source = _source(spec)
     verbosity = logging.get_verbosity()
     # Its report would list every tensor of the text tower; what is amiss is said below.
