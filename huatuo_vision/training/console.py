@@ -92,7 +92,9 @@ class ProgressLog(TrainerCallback):
         with self.path.open("a") as file:
             file.write(json.dumps({"phase": self.phase, "step": state.global_step, **logs}) + "\n")
         shown = "  ".join(template.format(logs[key]) for key, template in _SHOWN if key in logs)
-        self.console.print(f"{self.phase} step {state.global_step}/{state.max_steps}  {shown}", highlight=False)
+        self.console.print(
+            f"{self.phase} step {state.global_step}/{state.max_steps}  {shown}", highlight=False, soft_wrap=True
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()

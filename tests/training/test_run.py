@@ -125,12 +125,13 @@ def test_resumes_on_another_number_of_processes(launcher, finished, tmp_path):
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(launcher, finished, tmp_path):
     out = tmp_path / "damaged"
-    launcher.run_and_kill(out, lambda: (out / "instruct/checkpoint-10").exists())
-    newest = out / "instruct/checkpoint-10"
+    often = ("--set", "phases.instruct.save_every=3")
+    newest = out / "instruct/checkpoint-6"
+    launcher.run_and_kill(out, newest.exists, *often)
     optimizer = newest / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1] + b"x")
-    done = launcher.run(out)
-    assert "checkpoint-10 is not used: optimizer.pt does not match its hash" in " ".join(done.stdout.split())
+    done = launcher.run(out, *often)
+    assert "checkpoint-6 is not used: optimizer.pt does not match its hash" in " ".join(done.stdout.split())
     assert largest_difference(finished / "final", out / "final") == 0
 
 
