@@ -36,8 +36,8 @@ def main_console() -> Console:
 class ProgressLog(TrainerCallback):
     """One JSON line in `log.jsonl` and one console line per log event, and a progress bar; main process only."""
 
-    def __init__(self, path: Path, phase: str, console: Console, names: str):
-        self.path, self.phase, self.console, self.names = path, phase, console, names
+    def __init__(self, path: Path, phase: str, console: Console):
+        self.path, self.phase, self.console = path, phase, console
         self.last_loss: float | None = None
         self._progress: Progress | None = None
 

@@ -101,7 +101,7 @@ def run_phase(recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path
         model=model,
         args=arguments,
     )
-    progress = ProgressLog(out / "log.jsonl", name, console, names=_run_name(recipe, name))
+    progress = ProgressLog(out / "log.jsonl", name, console)
     progress.attach(trainer, resumed_step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     if checkpoint is not None:
         trainer.elapsed_before = read_manifest(checkpoint)["elapsed_seconds"]

@@ -1,0 +1,43 @@
+"""Two processes, one of whose rows has no image: nobody waits, and the gradients are those of one process."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from huatuo_vision.model.attention import PER_SAMPLE
+from huatuo_vision.model.llava import PackedLlava
+from tests.model.test_packing import SAMPLES, losses, row
+from tests.model.tiny import tiny_config
+
+
+def make_model() -> PackedLlava:
+    torch.manual_seed(0)
+    model = PackedLlava(tiny_config(feature_layer=[1, 3]))
+    model.set_attn_implementation({"text_config": PER_SAMPLE, "vision_config": "sdpa"})
+    model.model.vision_tower.post_layernorm.requires_grad_(False)  # never read
+    return model.train()
+
+
+def train_two_steps(rank: int, port_file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=2)
+    model = make_model()
+    ddp = DistributedDataParallel(model)
+    for _ in range(2):  # a gradient that never came is noticed in the step after
+        model.zero_grad()
+        (losses(ddp, row(SAMPLES[rank])).sum() * 2).backward()  # SAMPLES[1] is text only; DDP averages
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, out)
+    dist.destroy_process_group()
+
+
+def test_a_rank_without_images(tmp_path):
+    mp.spawn(train_two_steps, (str(tmp_path / "rendezvous"), str(tmp_path / "grads.pt")), nprocs=2)
+    model = make_model()
+    losses(model, row(SAMPLES[0], SAMPLES[1])).sum().backward()
+    gathered = torch.load(tmp_path / "grads.pt", weights_only=True)
+    assert gathered.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gathered[name], parameter.grad, atol=2e-5, rtol=1e-4, msg=name)
