@@ -1,6 +1,9 @@
-"""Score a model: generate answers, grade them, report.
+"""Score a model: generate answers, grade them, report. Or grade answers that are there, or compare two results.
 
     accelerate launch eval.py --model runs/phantom/final --benchmarks phantom --out results/phantom
+    python eval.py --responses answers.jsonl --protocol default --out results/theirs
+    python eval.py --compare results/a results/b
+    python eval.py --self-test
 
 Killed at any time and started again with the same command, it goes on where it was.
 """
@@ -8,12 +11,88 @@ Killed at any time and started again with the same command, it goes on where it 
 from __future__ import annotations
 
 import argparse
-from datetime import timedelta
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from huatuo_vision.cli import run_command
-from huatuo_vision.evaluation.benchmarks import BENCHMARKS
-from huatuo_vision.launch import start_processes
+from huatuo_vision.schema import UserError
+
+if TYPE_CHECKING:
+    from huatuo_vision.evaluation.protocols import Protocol
+    from huatuo_vision.evaluation.run import Question
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--model", metavar="DIR_OR_ID", help="a model folder, a Hub id, or an endpoint's model name")
+    task.add_argument("--responses", type=Path, metavar="FILE", help="grade these answers; loads no model")
+    task.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="set two results side by side")
+    task.add_argument("--self-test", action="store_true", help="prove every rule that reads replies, then stop")
+
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for answers, scores and report")
+    parser.add_argument(
+        "--protocol", default="default", metavar="NAME", help="default, huatuo-2024, mmmu-official or llava-med"
+    )
+
+    asking = parser.add_argument_group("asking a model (--model)")
+    asking.add_argument(
+        "--benchmarks",
+        nargs="+",
+        metavar="NAME[=PATH]",
+        help="PATH: local data instead of the Hub's; `--benchmarks help` lists them",
+    )
+    asking.add_argument("--blind", action="store_true", help="ask without the images, all else equal")
+    asking.add_argument("--limit", type=positive, metavar="N", help="the first N rows of each benchmark only")
+    asking.add_argument("--rotate-options", action="store_true", help="ask with the options in every cyclic order too")
+    asking.add_argument(
+        "--scoring",
+        choices=("generate", "likelihood"),
+        default="generate",
+        help="likelihood: of each option, no text is generated",
+    )
+    asking.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows at once (default: 32)")
+    asking.add_argument(
+        "--backend",
+        choices=("transformers", "openai"),
+        default="transformers",
+        help="openai: any OpenAI-compatible endpoint",
+    )
+    asking.add_argument(
+        "--base-url",
+        default=os.environ.get("OPENAI_BASE_URL"),
+        metavar="URL",
+        help="of the endpoint (default: OPENAI_BASE_URL)",
+    )
+
+    judging = parser.add_argument_group("a second opinion (never changes a score)")
+    judging.add_argument("--judge", metavar="MODEL", help="name of a judge model")
+    judging.add_argument(
+        "--judge-url",
+        default=os.environ.get("OPENAI_BASE_URL"),
+        metavar="URL",
+        help="its endpoint (default: OPENAI_BASE_URL)",
+    )
+
+    comparing = parser.add_argument_group("requirements on a comparison (--compare), for scripts")
+    comparing.add_argument(
+        "--require-accuracy",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="exit with 1 where the first is below it (0 to 1)",
+    )
+    comparing.add_argument(
+        "--require-gain",
+        type=float,
+        default=-1.0,
+        metavar="G",
+        help="exit with 1 where the difference is below it (0 to 1)",
+    )
+    return parser.parse_args()
 
 
 def positive(text: str) -> int:
@@ -23,59 +102,67 @@ def positive(text: str) -> int:
     return number
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a model folder or a Hub id")
-    names = ", ".join(BENCHMARKS)
-    parser.add_argument("--benchmarks", required=True, nargs="+", choices=BENCHMARKS, metavar="NAME", help=names)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for answers, scores and report")
-    parser.add_argument("--blind", action="store_true", help="ask without the images, all else equal")
-    parser.add_argument("--limit", type=positive, metavar="N", help="the first N rows of each benchmark only")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows at once (default: 32)")
-    return parser.parse_args()
-
-
-def main() -> None:
+def main() -> int:
     args = parse_arguments()
+    console = Console()
 
     # After the arguments, so that --help and a mistyped flag answer at once.
-    from huatuo_vision.evaluation import generate, report, responses, scorers
-    from huatuo_vision.evaluation.protocols import DEFAULT as protocol
+    from huatuo_vision.evaluation import compare, report, run, self_test
 
-    # At the last barrier the slowest process may be hours behind; a backend's own limit is minutes.
-    world = start_processes(timeout=timedelta(days=7))
-    with world.main_process_first():
-        folder = generate.find_model(args.model)
-        benchmarks = [BENCHMARKS[name]() for name in dict.fromkeys(args.benchmarks)]
-    rows = [row for benchmark in benchmarks for row in benchmark.rows[: args.limit]]
-    header = responses.Header(
+    if args.self_test:
+        result = self_test.run()
+        self_test.show(result, console)
+        return 0 if result.passed else 1
+
+    if args.compare:
+        comparison = run.compare_folders(*args.compare, args.out, console)
+        missed = compare.shortfall(comparison, args.require_accuracy, args.require_gain)
+        if missed:
+            console.print(missed, style="bold red", highlight=False, soft_wrap=True)
+        return 1 if missed else 0
+
+    protocol = run.protocol_named(args.protocol)
+    if args.benchmarks == ["help"]:
+        report.show_benchmarks(console)
+        return 0
+    if args.out is None:
+        raise UserError("--out is missing; give the folder for answers, scores and report")
+    if args.judge and not args.judge_url:
+        raise UserError("--judge needs --judge-url, or OPENAI_BASE_URL in the environment")
+
+    if args.responses:
+        run.take_responses(args.responses, args.out, protocol)
+    elif not run.answer(question(args, protocol)):
+        return 0  # another process scores
+
+    scores = run.score(args.out, protocol, judge=args.judge, judge_url=args.judge_url)
+    report.show(scores, args.out, console)
+    return 0
+
+
+def question(args: argparse.Namespace, protocol: Protocol) -> Question:
+    """The checked command line of an evaluation. Raises UserError for what does not fit together."""
+    from huatuo_vision.evaluation import run
+
+    if not args.benchmarks:
+        raise UserError("--benchmarks is missing; `eval.py --model M --benchmarks help` lists them")
+    if args.backend == "openai" and not args.base_url:
+        raise UserError("--backend openai needs --base-url, or OPENAI_BASE_URL in the environment")
+    if args.backend == "openai" and args.scoring == "likelihood":
+        raise UserError("--scoring likelihood needs --backend transformers; endpoints do not tell the likelihoods")
+    return run.Question(
         model=args.model,
-        weights=generate.weights_fingerprint(folder),
-        precision=str(generate.precision_on(world.device)).removeprefix("torch."),
-        protocols={benchmark.name: protocol.hash_on(benchmark) for benchmark in benchmarks},
+        benchmarks=run.chosen_benchmarks(args.benchmarks),
+        protocol=protocol,
+        out=args.out,
         blind=args.blind,
         limit=args.limit,
+        backend=args.backend,
+        base_url=args.base_url,
+        batch_size=args.batch_size,
+        rotate_options=args.rotate_options,
+        scoring=args.scoring,
     )
-
-    if world.is_main_process:
-        responses.claim_folder(args.out, header)
-        responses.drop_torn_lines(args.out)
-        generate.check_images(rows)
-    world.wait_for_everyone()
-    finished = responses.finished(args.out)
-    open_rows = [row for row in rows if (row.benchmark, row.id) not in finished]
-    world.wait_for_everyone()  # nobody writes an answer before all have read which are finished
-
-    if open_rows:
-        generate.answer(open_rows, folder, protocol, world, args.out, blind=args.blind, batch_size=args.batch_size)
-    world.wait_for_everyone()
-    if world.is_main_process:
-        answers = responses.merge(args.out, [(row.benchmark, row.id) for row in rows])
-        verdicts = [scorers.judge(answer) for answer in answers]
-        scores = report.summarise(header, protocol, benchmarks, answers, verdicts)
-        report.write_reports(args.out, scores, verdicts)
-        report.show(scores, args.out)
-    world.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from huatuo_vision.schema import UserError
 
 # Goes up whenever the same arguments would give other bytes.
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 
 ALIGNMENT_FILE = "PubMedVision_Alignment_VQA.json"
 INSTRUCTION_FILE = "PubMedVision_InstructionTuning_VQA.json"
@@ -397,7 +397,7 @@ def make_test_record(seed: int, index: int) -> Record:
 
 Array = np.ndarray
 
-SMALL_RADIUS, LARGE_RADIUS = 0.09, 0.17
+SMALL_RADIUS, LARGE_RADIUS = 0.14, 0.21
 _EDGE = 0.05  # the width of a soft edge, about a pixel and a half of 64
 
 
@@ -645,9 +645,8 @@ _VIEWS: dict[tuple[str, str], _View] = {
     ("fundus", "retina"): _View(_fundus_retina, slot_x=0.46),
 }
 _COLOURED = ("histology", "fundus")
-# A finding's own colour and that of the halo that sets it off.
-_FINDING = {"histology": ((0.16, 0.06, 0.34), (0.98, 0.88, 0.94)), "fundus": ((1.0, 0.98, 0.78), (0.42, 0.14, 0.06))}
-_GREY_FINDING = (1.0, 0.03)
+# A finding is marked as an annotation tool would mark it: green inside a dark rim, in every manner of picture.
+_FINDING, _RIM = (0.15, 0.95, 0.4), (0.02, 0.1, 0.05)
 
 
 @lru_cache(maxsize=4096)
@@ -659,19 +658,18 @@ def _axes(height: int, width: int) -> tuple[Array, Array]:
 
 
 def _draw_findings(image: Array, x: Array, y: Array, facts: Facts, view: _View, rng: np.random.Generator) -> None:
-    core, halo = _FINDING.get(facts.modality, _GREY_FINDING)
     radius = SMALL_RADIUS if facts.size == "small" else LARGE_RADIUS
     sign = -1 if facts.side == "left" else 1
     for slot in sorted(rng.permutation(3)[: facts.count].tolist()):
         cx = sign * view.slot_x + rng.uniform(-0.05, 0.05)
         cy = view.slot_y[slot] + rng.uniform(-0.03, 0.03)
         rx, ry = (radius * stretch for stretch in rng.uniform(0.92, 1.08, 2).tolist())
-        _paint(image, _ellipse(x, y, cx, cy, rx + 0.06, ry + 0.06), halo, 0.7)
-        _paint(image, _ellipse(x, y, cx, cy, rx, ry), core)
+        _paint(image, _ellipse(x, y, cx, cy, rx + 0.06, ry + 0.06), _RIM, 0.7)
+        _paint(image, _ellipse(x, y, cx, cy, rx, ry), _FINDING)
 
 
 def draw_picture(facts: Facts, rng: np.random.Generator, size: int) -> Image.Image:
-    """A picture of `facts`, its sides between 7/8 and 3/2 of `size`, grey or in colour as the modality is."""
+    """A picture of `facts`, its sides between 7/8 and 3/2 of `size`; grey, unless the modality or a finding is in colour."""
     area, shape = rng.uniform(1.0, 1.36), rng.uniform(0.88, 1.13)
     width, height = (
         int(np.clip(round(side), round(size * 7 / 8), round(size * 3 / 2)))
@@ -693,13 +691,15 @@ def draw_picture(facts: Facts, rng: np.random.Generator, size: int) -> Image.Ima
     noise = rng.standard_normal((height, width), np.float32)
     noise *= np.float32(rng.uniform(0.01, 0.04))
     # The last to take random numbers, so that nothing else in the picture depends on what the findings are.
+    if facts.count and image.ndim == 2:
+        image = np.repeat(image[None], 3, axis=0)
     _draw_findings(image, x, y, facts, view, rng)
     image -= np.float32(0.5)
     image *= np.float32(contrast)
     image += np.float32(0.5 + brightness)
     image += noise
     pixels = (np.clip(image, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
-    return Image.fromarray(np.moveaxis(pixels, 0, -1) if coloured else pixels)
+    return Image.fromarray(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels)
 
 
 def picture(seed: int, split: int, index: int, k: int, facts: Facts, size: int) -> Image.Image:

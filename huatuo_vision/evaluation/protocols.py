@@ -1,65 +1,147 @@
-"""A protocol: everything besides the model that a score depends on, as one value with a hash."""
+"""Protocols: everything besides the model that a score depends on, as values with a hash. No torch here.
+
+A protocol is data: prompts, decoding, and the names of the rules that read replies (`scorers.CHOICE_RULES` and
+`scorers.OPEN_RULES`). Adding one is adding an entry to PROTOCOLS.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import string
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from huatuo_vision.evaluation.benchmarks import Benchmark, Row
-from huatuo_vision.evaluation.scorers import PARSER_VERSION
+from huatuo_vision.evaluation.rows import Benchmark, Row
 
 PROMPTS = Path(__file__).parent / "prompts"
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The generation settings of transformers' GenerationConfig; nothing is taken from the checkpoint's own."""
+    """The generation settings; nothing is taken from the checkpoint's own."""
 
-    do_sample: bool
-    num_beams: int
     max_new_tokens: int
+    temperature: float = 0.0  # 0: greedy
+    repetition_penalty: float = 1.0  # over new tokens only: over the prompt it would punish the options' letters
+    seed: int = 0  # of sampling; each row draws from a stream of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
     name: str
-    prompt: str  # str.format template with {question} and {options}
+    # str.format templates with {question} and {options}, by kind of question: "open", "multiple-choice", and
+    # "yes-no" where yes/no questions are asked in words of their own.
+    prompts: Mapping[str, str]
+    option: str  # str.format template of one option, with {letter} and {text}
     decoding: Decoding
-    parser_version: int
+    choice_rule: str
+    open_rule: str
+    rules_version: int  # goes up whenever one of its rules would read any reply differently
+    note: str  # its known defects; shown beside every number
 
     def render(self, row: Row) -> str:
-        """The text a model is asked, images apart (the paper, appendix E)."""
+        """The text a model is asked, images apart."""
+        if row.options is None:
+            return self.prompts["open"].format(question=row.question)
+        yes_no = {option.strip().casefold() for option in row.options} == {"yes", "no"}
+        kind = "yes-no" if yes_no and "yes-no" in self.prompts else "multiple-choice"
+        # The picture itself shows the options; they stand in the row so that replies can be read.
+        shown = () if row.extra.get("options_in_image") else row.options
         options = "\n".join(
-            f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, row.options, strict=False)
+            self.option.format(letter=letter, text=text)
+            for letter, text in zip(string.ascii_uppercase, shown, strict=False)
         )
-        return self.prompt.format(question=row.question, options=options)
+        return self.prompts[kind].format(question=row.question, options=options)
 
     @property
     def hash(self) -> str:
-        """16 hex digits over prompt, decoding and parser."""
-        return _digest(asdict(self))
+        """16 hex digits over prompts, decoding and rules."""
+        return _digest(self._identity())
 
-    def hash_on(self, benchmark: Benchmark) -> str:
+    def hash_on(self, benchmark: Benchmark, revision: str) -> str:
         """16 hex digits over the protocol and which rows it is applied to: equal hashes compare."""
         rows = {
             "benchmark": benchmark.name,
-            "revision": benchmark.revision,
+            "revision": revision,
             "row_filter": benchmark.row_filter,
             "expected_n": benchmark.expected_n,
         }
-        return _digest(asdict(self) | rows)
+        return _digest(self._identity() | rows)
+
+    def _identity(self) -> dict[str, object]:
+        return {key: value for key, value in asdict(self).items() if key != "note"}
 
 
-def _digest(values: dict[str, object]) -> str:
+def _digest(values: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-DEFAULT = Protocol(
-    name="default",
-    prompt=(PROMPTS / "default.txt").read_text(encoding="utf-8").rstrip("\n"),
-    decoding=Decoding(do_sample=False, num_beams=1, max_new_tokens=16),
-    parser_version=PARSER_VERSION,
-)
+def _prompt(name: str) -> str:
+    return (PROMPTS / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
+
+
+_LETTER = _prompt("letter")  # the paper, appendix E
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            name="default",
+            prompts={"multiple-choice": _LETTER, "open": _prompt("short")},
+            option="{letter}. {text}",
+            decoding=Decoding(max_new_tokens=32),
+            choice_rule="default",
+            open_rule="default",
+            rules_version=2,
+            note="Greedy. A reply that does not clearly choose one option is unparsed, and never counted as correct.",
+        ),
+        Protocol(
+            name="huatuo-2024",
+            prompts={"multiple-choice": _LETTER, "open": _prompt("short")},
+            option="{letter}. {text}",
+            decoding=Decoding(max_new_tokens=256, temperature=0.2, repetition_penalty=1.2, seed=42),
+            choice_rule="huatuo-first-letter",
+            open_rule="default",
+            rules_version=1,
+            note=(
+                "The paper's rule, defects included: the first standalone letter a to n of the reply counts, "
+                "case-sensitive ('b' is wrong, 'I think C' reads I). The official scorer aborts at a reply without a "
+                "letter; here such a reply is unparsed. It samples at temperature 0.2; one seed is one draw. The "
+                "paper scored no open question; open rows here are graded by the default rule."
+            ),
+        ),
+        Protocol(
+            name="mmmu-official",
+            prompts={"multiple-choice": _prompt("mmmu_letter"), "open": _prompt("mmmu_open")},
+            option="({letter}) {text}",
+            decoding=Decoding(max_new_tokens=128),
+            choice_rule="mmmu-official",
+            open_rule="mmmu-official",
+            rules_version=1,
+            note=(
+                "MMMU's own rules. Where the official code would draw a random letter the row is unparsed, and the "
+                "expectation of that draw is printed beside the accuracy."
+            ),
+        ),
+        Protocol(
+            name="llava-med",
+            prompts={
+                "multiple-choice": _LETTER,
+                "yes-no": _prompt("llava_med_closed"),
+                "open": "{question}",
+            },
+            option="{letter}. {text}",
+            decoding=Decoding(max_new_tokens=128),
+            choice_rule="llava-med-closed",
+            open_rule="llava-med-recall",
+            rules_version=1,
+            note=(
+                "LLaVA-Med's published metrics: a closed answer counts where the reply contains the gold word as a "
+                "substring ('none' contains 'no'); the accuracy of open questions is token recall, which rewards long "
+                "replies."
+            ),
+        ),
+    )
+}

@@ -1,200 +1,378 @@
-"""What people read: scores.json as Markdown, as one self-contained page, and as tables on the console.
-
-`python -m huatuo_vision.evaluation.report --sighted DIR --blind DIR` sets two results side by side. No torch here.
-"""
+"""What people read: a result as Markdown, as one self-contained page, and as tables on the console. No torch here."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.console import Console, Group
+from markupsafe import Markup
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from huatuo_vision.cli import run_command
-from huatuo_vision.evaluation.benchmarks import Benchmark
-from huatuo_vision.evaluation.protocols import Protocol
-from huatuo_vision.evaluation.responses import Header, Response, json_lines, write_whole
-from huatuo_vision.evaluation.scorers import Verdict, score_benchmark
-from huatuo_vision.schema import UserError
+from huatuo_vision.evaluation import pictures as stored_pictures
+from huatuo_vision.evaluation.published import HEADLINE, Published, Standing, cell, published_for
+from huatuo_vision.evaluation.report_samples import ROWS_PER_BENCHMARK, Answer, Answered, choose, describe, picture_uris
+from huatuo_vision.evaluation.responses import write_whole
+from huatuo_vision.html import encodable, render_page
 
-SCORES_FILE = "scores.json"
-VERDICTS_FILE = "verdicts.jsonl"
+if TYPE_CHECKING:
+    from huatuo_vision.evaluation.scorers import Verdict
+
+HERE = Path(__file__).parent
+OPEN_METRICS = {
+    "exact_match": "exact match",
+    "token_recall": "token recall",
+    "token_f1": "token F1",
+    "bleu": "BLEU",
+}
+# A longer breakdown than this is folded away.
+LONG_GROUP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLine:
+    value: str
+    tally: Mapping[str, Any]
+    pair: Mapping[str, Any] | None  # the comparison's entry for this value: n, a, b, difference
+    printed: tuple[float | None, ...]  # the paper's cells, in the order of the section's `cell_models`
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTable:
+    name: str
+    lines: tuple[GroupLine, ...]
+    cell_models: tuple[str, ...]  # short names of the models whose printed cells stand beside
+    folded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One benchmark, as the tables show it."""
+
+    name: str
+    entry: Mapping[str, Any]
+    pair: Mapping[str, Any] | None  # the comparison's entry
+    majority: Mapping[str, Any] | None
+    letter: tuple[str, float] | None  # the best constant letter
+    longest: float | None
+    best_prior: float | None  # the best of the three
+    published: tuple[Published, ...]
+    standing: Standing | None
+    headline: tuple[tuple[str, Published], ...]  # short name, number
+    tables: tuple[GroupTable, ...]
+
+
+def write_reports(
+    out: Path,
+    scores: Mapping[str, Any],
+    answers: Sequence[Answer],
+    verdicts: Sequence[Verdict],
+    comparison: Mapping[str, Any] | None = None,
+    other: Answered | None = None,
+    *,
+    picture_folders: Sequence[Path] | None = None,
+) -> None:
+    """Write `report.md` and `report.html` into `out`.
+
+    Args:
+        scores: the content of scores.json; with a comparison, that of its first result.
+        answers, verdicts: the rows behind it, rotated ones included.
+        comparison: the content of comparison.json.
+        other: answers and verdicts of the comparison's second result.
+        picture_folders: where <sha256>.jpg are looked for; without it, `<out>/images`.
+    """
+    values = {
+        "scores": scores,
+        "sections": sections(scores, comparison),
+        "comparison": comparison,
+        "labels": labels(comparison),
+        "open_metrics": OPEN_METRICS,
+    }
+    write_whole(out / "report.md", encodable(_markdown(values)))
+    rows = describe(choose(answers, verdicts, comparison, other), answers, verdicts, comparison, other)
+    folders = [out / stored_pictures.FOLDER] if picture_folders is None else picture_folders
+    samples = {
+        "rows": rows,
+        "titles": {name: entry["title"] for name, entry in scores["benchmarks"].items()},
+        "labels": labels(comparison),
+        "compared": comparison is not None,
+    }
+    page = render_page(
+        HERE / "report.html.jinja",
+        title=f"Evaluation of {scores['model']}",
+        data={"samples": samples, "pictures": picture_uris(rows, folders)},
+        filters=FILTERS,
+        shown=_shown(rows, answers),
+        most_rows=ROWS_PER_BENCHMARK,
+        difference_scale=_difference_scale(comparison),
+        **values,
+    )
+    write_whole(out / "report.html", page)
+
+
+def labels(comparison: Mapping[str, Any] | None) -> tuple[str, str]:
+    """What the two results of a comparison are called in its tables."""
+    return ("sighted", "blind") if comparison and comparison["kind"] == "blind" else ("A", "B")
+
+
+def sections(scores: Mapping[str, Any], comparison: Mapping[str, Any] | None = None) -> tuple[Section, ...]:
+    pairs = comparison["benchmarks"] if comparison else {}
+    protocol = scores["protocol"]["name"]
+    return tuple(_section(name, entry, pairs.get(name), protocol) for name, entry in scores["benchmarks"].items())
+
+
+def _section(name: str, entry: Mapping[str, Any], pair: Mapping[str, Any] | None, protocol: str) -> Section:
+    baselines = entry["baselines"] or {}  # none where no row has options
+    majority, longest = baselines.get("majority"), baselines.get("longest_option")
+    letter = max((baselines.get("constant_letter") or {}).items(), key=lambda item: item[1], default=None)
+    priors = majority and majority["accuracy"], letter and letter[1], longest
+    published, standing = published_for(name, protocol, whole=entry["comparable"]) or ((), None)
+    by_model = {number.model: number for number in published}
+    headline = tuple((short, by_model[model]) for model, short in HEADLINE.items() if model in by_model)
+    return Section(
+        name=name,
+        entry=entry,
+        pair=pair,
+        majority=majority,
+        letter=letter,
+        longest=longest,
+        best_prior=max((prior for prior in priors if prior is not None), default=None),
+        published=published,
+        standing=standing,
+        headline=headline,
+        tables=tuple(_group_tables(entry, pair, headline)),
+    )
+
+
+def _group_tables(
+    entry: Mapping[str, Any], pair: Mapping[str, Any] | None, headline: Sequence[tuple[str, Published]]
+) -> list[GroupTable]:
+    """The breakdowns, the one of the macro average first; one that has a single value says nothing."""
+    groups = {name: values for name, values in entry["groups"].items() if len(values) > 1}
+    order = sorted(groups, key=lambda name: (name != entry["macro_over"], name == "question_type"))
+    compared = pair["groups"] if pair else {}
+    return [
+        _group_table(
+            name,
+            groups[name],
+            compared.get(name, {}),
+            [item for item in headline if item[1].groups] if name == entry["macro_over"] else [],
+            folded=name != entry["macro_over"] and len(groups[name]) > LONG_GROUP,
+        )
+        for name in order
+    ]
+
+
+def _group_table(
+    name: str,
+    values: Mapping[str, Any],
+    compared: Mapping[str, Any],
+    headline: Sequence[tuple[str, Published]],
+    *,
+    folded: bool,
+) -> GroupTable:
+    if not any(cell(number, value) is not None for _, number in headline for value in values):
+        headline = []
+    lines = tuple(
+        GroupLine(value, tally, compared.get(value), tuple(cell(number, value) for _, number in headline))
+        for value, tally in values.items()
+    )
+    return GroupTable(name, lines, tuple(short for short, _ in headline), folded)
+
+
+def _shown(rows: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> dict[str, tuple[int, int]]:
+    """benchmark -> (rows in the page, rows in all)."""
+    originals = [answer["benchmark"] for answer in answers if not answer.get("rotation")]
+    inside = [row["benchmark"] for row in rows]
+    return {name: (inside.count(name), originals.count(name)) for name in dict.fromkeys(originals)}
+
+
+def _difference_scale(comparison: Mapping[str, Any] | None) -> float:
+    """Half the width of the axis of differences: the next tenth that all intervals fit in."""
+    if comparison is None:
+        return 1.0
+    entries = [*comparison["benchmarks"].values(), comparison["pooled"] or {}]
+    bounds = [abs(bound) for entry in entries for bound in entry.get("ci95") or ()]
+    return max(math.ceil(10 * max(bounds, default=1.0)) / 10, 0.1)
+
+
+# -- words for numbers -------------------------------------------------------------------------------------------
 
 
 def percent(rate: float | None) -> str:
     return "–" if rate is None else f"{100 * rate:.1f} %"
 
 
-def interval(bounds: tuple[float, float] | None) -> str:
+def interval(bounds: Sequence[float] | None) -> str:
     return "–" if bounds is None else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
 
 
-def comparability(entry: Mapping[str, Any]) -> str | None:
-    """The sentence that goes with a number that must not be compared, None where it may be."""
-    if entry["comparable"]:
-        return None
-    return f"Not comparable: {entry['n'] + entry['ungraded']} rows answered, the benchmark has {entry['expected_n']}."
+def points(difference: float | None) -> str:
+    """A difference of two rates in percentage points, with its sign."""
+    if difference is None:
+        return "–"
+    text = f"{100 * difference:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
-def summarise(
-    header: Header,
-    protocol: Protocol,
-    benchmarks: Sequence[Benchmark],
-    answers: Sequence[Response],
-    verdicts: Sequence[Verdict],
-) -> dict[str, Any]:
-    """The content of scores.json."""
-    entries = {}
-    for benchmark in benchmarks:
-        own = [pair for pair in zip(answers, verdicts, strict=True) if pair[1].benchmark == benchmark.name]
-        scores = score_benchmark(*zip(*own, strict=True), expected_n=benchmark.expected_n, limit=header.limit)
-        entries[benchmark.name] = scores | {"protocol_hash": header.protocols[benchmark.name], "note": benchmark.note}
-    return {
-        "schema": 1,
-        "model": header.model,
-        "weights": header.weights,
-        "precision": header.precision,
-        "blind": header.blind,
-        "limit": header.limit,
-        "protocol": {"name": protocol.name, "hash": protocol.hash},
-        "benchmarks": entries,
-    }
+def points_interval(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{points(bounds[0])} to {points(bounds[1])}"
 
 
-def write_reports(out: Path, scores: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:
-    """`verdicts.jsonl`, `scores.json`, and `report.md` and `report.html` from the same values."""
-    write_whole(out / VERDICTS_FILE, json_lines([asdict(verdict) for verdict in verdicts]))
-    write_whole(out / SCORES_FILE, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-    for template in ("report.md", "report.html"):
-        templates = Environment(
-            loader=FileSystemLoader(Path(__file__).parent),
-            # Names and replies are other people's text: none of it may become markup.
-            autoescape=template.endswith(".html"),
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
+def count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def p_value(p: float | None) -> str:
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def words(name: object) -> str:
+    """A key of the data as a reader's words."""
+    return str(name).replace("_", " ")
+
+
+def _along(rate: float) -> str:
+    """A place on an axis from 0 to 1, for SVG."""
+    return f"{100 * min(max(rate, 0.0), 1.0):.2f}%"
+
+
+FILTERS = {
+    "percent": percent,
+    "interval": interval,
+    "points": points,
+    "points_interval": points_interval,
+    "p_value": p_value,
+    "count": count,
+    "words": words,
+    "along": _along,
+}
+
+
+def _markdown(values: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        # Names and notes are other people's text: none of it may leave its cell or become markup.
+        finalize=_inline,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    environment.filters |= FILTERS
+    return environment.get_template("report.md.jinja").render(**values)
+
+
+def _inline(value: object) -> str:
+    """A value as inline Markdown that stays in its line and cell, and starts neither markup nor a link."""
+    if isinstance(value, Markup):
+        return value
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|#~$@])", r"\\\1", text)
+    return re.sub(r"(?i)\b(https?|ftp)(?=:)|\bwww(?=\.)", lambda match: f"{match[0][:-1]}<!-- -->{match[0][-1]}", text)
+
+
+# -- the console ---------------------------------------------------------------------------------------------------
+
+
+def show(scores: Mapping[str, Any], out: Path, console: Console) -> None:
+    """The result on the console, and where its page is."""
+    found = sections(scores)
+    console.print(_overview(scores, found))
+    for section in found:
+        for table in section.tables:
+            if table.name == section.entry["macro_over"]:
+                console.print(_breakdown(section, table))
+    for table in (_open_table(found), _rotation_table(found), _calibration_table(found)):
+        if table is not None:
+            console.print(table)
+    for section in found:
+        if section.entry["why_not_comparable"]:
+            sentence = f"{section.name}: {section.entry['why_not_comparable']}"
+            console.print(Text(sentence, style="bold yellow"), soft_wrap=True)
+        if section.entry["note"]:
+            console.print(Text(f"{section.name}: {section.entry['note']}"), soft_wrap=True)
+    console.print(str(out / "report.html"), highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title))
+    for position, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if position else "left", overflow="fold")
+    return table
+
+
+def _add(table: Table, *cells: object, style: str | None = None) -> None:
+    # Text, so that a bracket in a name is no markup.
+    table.add_row(*(Text(str(value)) for value in cells), style=style)
+
+
+def _overview(scores: Mapping[str, Any], found: Sequence[Section]) -> Table:
+    title = f"{scores['model']}, protocol {scores['protocol']['name']}" + (", blind" if scores["blind"] else "")
+    table = _table(
+        title, "benchmark", "n", "accuracy", "95 % interval", "macro", "unparsed", "majority", "letter", "longest"
+    )
+    for section in found:
+        entry = section.entry
+        _add(
+            table,
+            section.name + ("" if entry["comparable"] else " (!)"),
+            count(entry["n"]),
+            percent(entry["accuracy"]),
+            interval(entry["ci95"]),
+            percent(entry["macro"]),
+            entry["unparsed"],
+            percent(section.majority and section.majority["accuracy"]),
+            f"{section.letter[0]} {percent(section.letter[1])}" if section.letter else "–",
+            percent(section.longest),
         )
-        templates.filters |= {"percent": percent, "interval": interval, "comparability": comparability}
-        write_whole(out / template, templates.get_template(f"{template}.jinja").render(scores=scores))
+    return table
 
 
-def show(scores: Mapping[str, Any], out: Path) -> None:
-    """The result on the console, and where its pages are."""
-    console = Console()
-    for name, entry in scores["benchmarks"].items():
-        console.print(score_table(name, entry, blind=scores["blind"]))
-    console.print(f"{out / 'report.html'}", highlight=False, soft_wrap=True)
+def _breakdown(section: Section, groups: GroupTable) -> Table:
+    table = _table(section.name, words(groups.name), "n", "accuracy", "95 % interval", "unparsed")
+    for line in groups.lines:
+        tally = line.tally
+        cells = count(tally["n"]), percent(tally["accuracy"]), interval(tally["ci95"]), tally["unparsed"]
+        _add(table, line.value, *cells)
+    return table
 
 
-def score_table(name: str, entry: Mapping[str, Any], *, blind: bool) -> Group:
-    """Accuracy by subject, and overall."""
-    table = Table(title=f"{name}{', blind' if blind else ''}")
-    table.add_column("subject")
-    for column in ("n", "accuracy", "95 % interval", "unparsed"):
-        table.add_column(column, justify="right")
-    subjects = entry["groups"].get("subject", {})
-    for subject, tally in subjects.items():
-        table.add_row(subject, *_cells(tally))
-    table.add_section()
-    table.add_row("all", *_cells(entry), style="bold")
-    if entry["macro"] is not None:
-        table.add_row("mean of subjects", "", percent(entry["macro"]), "", "")
-    return _with_notes(table, entry)
+def _open_table(found: Sequence[Section]) -> Table | None:
+    entries = [(section.name, section.entry["open"]) for section in found if section.entry["open"]]
+    if not entries:
+        return None
+    table = _table("open questions", "benchmark", "n", *OPEN_METRICS.values())
+    for name, entry in entries:
+        _add(table, name, entry["n"], *(percent(entry[metric]["mean"]) for metric in OPEN_METRICS))
+    return table
 
 
-def _with_notes(table: Table, entry: Mapping[str, Any]) -> Group:
-    warning = comparability(entry)
-    return Group(table, *([Text(warning, style="bold yellow")] if warning else []), Text(entry["note"]))
+def _rotation_table(found: Sequence[Section]) -> Table | None:
+    entries = [(section.name, section.entry["rotation"]) for section in found if section.entry["rotation"]]
+    if not entries:
+        return None
+    table = _table("options in every order", "benchmark", "rows", "mean accuracy", "95 % interval", "consistent")
+    for name, entry in entries:
+        cells = percent(entry["mean_accuracy"]), interval(entry["ci95"]), percent(entry["consistency"])
+        _add(table, name, entry["rows"], *cells)
+    return table
 
 
-def _cells(tally: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    return str(tally["n"]), percent(tally["accuracy"]), interval(tally["ci95"]), str(tally["unparsed"])
-
-
-def read_scores(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no {SCORES_FILE}; eval.py --out {folder} writes it when it is done") from None
-
-
-def compare_table(sighted_dir: Path, blind_dir: Path) -> list[Group]:
-    """One table per benchmark: how much of the accuracy comes from seeing the pictures.
-
-    Raises UserError where the two are not one model under one protocol, with and without images.
-    """
-    sighted, blind = read_scores(sighted_dir), read_scores(blind_dir)
-    if sighted["blind"] or not blind["blind"]:
-        raise UserError(f"--sighted {sighted_dir} must hold a result with images and --blind {blind_dir} one without")
-    for key in ("weights", "limit"):
-        if sighted[key] != blind[key]:
-            raise UserError(f"{sighted_dir} and {blind_dir} differ in {key}: {sighted[key]} and {blind[key]}")
-    hashes = [{name: e["protocol_hash"] for name, e in scores["benchmarks"].items()} for scores in (sighted, blind)]
-    if hashes[0] != hashes[1]:
-        raise UserError(f"{sighted_dir} and {blind_dir} differ in benchmarks or protocol: {hashes[0]} and {hashes[1]}")
-    return [_gain_table(name, entry, blind["benchmarks"][name]) for name, entry in sighted["benchmarks"].items()]
-
-
-def _gain_table(name: str, sighted: Mapping[str, Any], blind: Mapping[str, Any]) -> Group:
-    table = Table(title=f"{name}: with and without the picture")
-    table.add_column("subject")
-    for column in ("n", "sighted", "blind", "gain"):
-        table.add_column(column, justify="right")
-    for subject, seen in sighted["groups"].get("subject", {}).items():
-        unseen = blind["groups"]["subject"][subject]
-        gain = f"{100 * (seen['accuracy'] - unseen['accuracy']):+.1f}"
-        table.add_row(subject, str(seen["n"]), percent(seen["accuracy"]), percent(unseen["accuracy"]), gain)
-    table.add_section()
-    gain = f"{100 * (sighted['accuracy'] - blind['accuracy']):+.1f}"
-    table.add_row(
-        "all", str(sighted["n"]), percent(sighted["accuracy"]), percent(blind["accuracy"]), gain, style="bold"
-    )
-    table.add_row("95 % interval", "", interval(sighted["ci95"]), interval(blind["ci95"]), "")
-    return _with_notes(table, sighted)
-
-
-def shortfall(sighted_dir: Path, blind_dir: Path, accuracy: float, gain: float) -> str | None:
-    """The sentence that says which required accuracy or gain over blind was missed, None where none was."""
-    sighted, blind = read_scores(sighted_dir)["benchmarks"], read_scores(blind_dir)["benchmarks"]
-    for name, entry in sighted.items():
-        seen = entry["accuracy"]
-        # Rounded, so that 0.95 - 0.40 is not below 0.55.
-        difference = round(seen - blind[name]["accuracy"], 9)
-        if seen < accuracy:
-            return f"{name}: accuracy {percent(seen)} is below the required {percent(accuracy)}."
-        if difference < gain:
-            return (
-                f"{name}: the gain over blind, {100 * difference:.1f} points, is below the required {100 * gain:.1f}."
-            )
-    return None
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m huatuo_vision.evaluation.report", description="Set a result beside the same model's blind one."
-    )
-    parser.add_argument("--sighted", type=Path, required=True, metavar="DIR", help="an eval.py --out folder")
-    parser.add_argument("--blind", type=Path, required=True, metavar="DIR", help="an eval.py --blind --out folder")
-    parser.add_argument(
-        "--require-accuracy", type=float, default=0.0, metavar="A", help="exit with 1 below it (0 to 1)"
-    )
-    parser.add_argument("--require-gain", type=float, default=-1.0, metavar="G", help="exit with 1 below it (0 to 1)")
-    args = parser.parse_args()
-    console = Console()
-    for table in compare_table(args.sighted, args.blind):
-        console.print(table)
-    missed = shortfall(args.sighted, args.blind, args.require_accuracy, args.require_gain)
-    if missed:
-        console.print(missed, style="bold red", highlight=False, soft_wrap=True)
-    return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    run_command(main)
+def _calibration_table(found: Sequence[Section]) -> Table | None:
+    entries = [(section.name, section.entry["calibration"]) for section in found if section.entry["calibration"]]
+    if not entries:
+        return None
+    table = _table("likelihood of the options", "benchmark", "scored by", "accuracy", "ECE", "Brier")
+    for name, entry in entries:
+        for kind in ("letter", "text"):
+            found_by = entry[kind]
+            _add(table, name, kind, percent(found_by["accuracy"]), f"{found_by['ece']:.3f}", f"{found_by['brier']:.3f}")
+    return table

@@ -1,7 +1,8 @@
 """The evaluation folder's answers on disk: what they answer, which are finished, and the one merged file.
 
-While it runs, process r appends to `responses.rank<r>.jsonl`; at the end all of them become `responses.jsonl`, in
-the benchmarks' own order. `eval.json` says whose answers they are. No torch here.
+While it runs, each writer appends to a file of its own (`responses.rank<r>.jsonl`, `responses.endpoint.jsonl`); at the
+end all of them become `responses.jsonl`, in the benchmarks' own order. `eval.json` says whose answers they are.
+No torch here.
 """
 
 from __future__ import annotations
@@ -28,11 +29,16 @@ class Header:
     """Whose answers a folder holds. Only answers of equal headers may stand in one file."""
 
     model: str
-    weights: str  # fingerprint of the model folder
-    precision: str
-    protocols: dict[str, str]  # benchmark -> hash of the protocol on it
+    weights: str | None  # fingerprint of the model folder; None behind an endpoint
+    precision: str | None
+    backend: str | None  # None: a file that does not say how it was made
+    protocol: str
+    protocols: dict[str, str]  # benchmark -> hash of the protocol on its rows
+    revisions: dict[str, str]  # benchmark -> which data
     blind: bool
     limit: int | None
+    scoring: str  # generate or likelihood
+    rotated: bool  # whether every order of the options was asked
 
 
 def claim_folder(out: Path, header: Header) -> None:
@@ -45,22 +51,45 @@ def claim_folder(out: Path, header: Header) -> None:
     if not any(out.glob("responses*.jsonl")):
         write_whole(path, json.dumps(asdict(header), indent=2) + "\n")
         return
-    if not path.exists():
-        raise UserError(f"{out} holds answers but no {HEADER_FILE} that says whose; give --out a new folder")
-    try:
-        there = Header(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is not the header of an evaluation; give --out a new folder") from None
-    for name in (field.name for field in fields(Header) if field.name != "model"):
+    there = read_header(out)
+    # A folder may have been moved: its model is its weights. Behind an endpoint the name is all there is.
+    compared = [field.name for field in fields(Header) if field.name != "model" or header.weights is None]
+    for name in compared:
         old, new = getattr(there, name), getattr(header, name)
         if old != new:
             if name == "weights":
                 name, old, new = "model", f"{there.model} (weights {old})", f"{header.model} (weights {new})"
-            name = "protocol" if name == "protocols" else name
+            name = {"protocols": "protocol or set of benchmarks", "revisions": "data revision"}.get(name, name)
             raise UserError(
                 f"{out} holds answers with another {name}: {_said(old)} there, {_said(new)} now; "
                 "give --out a new folder or delete this one"
             )
+
+
+def read_header(out: Path) -> Header:
+    """Whose answers a folder holds. Raises UserError where it does not say."""
+    path = out / HEADER_FILE
+    try:
+        return Header(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{out} holds answers but no {HEADER_FILE} that says whose; give --out a new folder") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is not the header of an evaluation; give --out a new folder") from None
+
+
+def take(out: Path, header: Header, rows: Sequence[Response], *, source: Path) -> None:
+    """Make `out` the folder of the rows of a file from elsewhere; raises UserError where it holds other answers."""
+    target = out / RESPONSES_FILE
+    text = json_lines(rows)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: no folder can be made there ({error.strerror})") from None
+    if target.exists() and target.resolve() != source.resolve() and target.read_text(encoding="utf-8") != text:
+        raise UserError(f"{target} holds other answers than {source}; give --out a new folder")
+    write_whole(out / HEADER_FILE, json.dumps(asdict(header), indent=2) + "\n")
+    if not target.exists():
+        write_whole(target, text)
 
 
 def _said(value: object) -> str:
@@ -79,21 +108,57 @@ def drop_torn_lines(out: Path) -> None:
 def read_responses(path: Path) -> list[Response]:
     """The rows of a responses file. Raises UserError naming the line that is no row, or a row that stands twice."""
     rows: dict[Key, Response] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read as UTF-8 text ({error}); give a responses file in JSON Lines") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except ValueError:
-            raise UserError(f"{path}, line {number}: not JSON; mend or delete the line") from None
+            raise UserError(f"{where}: not JSON; mend or delete the line") from None
         missing = [name for name in FIELDS if name not in row] if isinstance(row, dict) else FIELDS
         if missing:
-            raise UserError(f"{path}, line {number}: without {', '.join(missing)}; a row has {', '.join(FIELDS)}")
+            raise UserError(f"{where}: without {', '.join(missing)}; a row has {', '.join(FIELDS)}")
+        _check_types(row, where)
         key = (row["benchmark"], row["id"])
         if key in rows:
-            raise UserError(f"{path}, line {number}: {key[0]} row {key[1]!r} stands there twice; keep one of them")
+            raise UserError(f"{where}: {key[0]} row {key[1]!r} stands there twice; keep one of them")
         rows[key] = row
     return list(rows.values())
+
+
+def _check_types(row: Response, where: str) -> None:
+    """Raises UserError for a field of another type than the format says; what the values mean is the rules' affair."""
+
+    def strings(value: object) -> bool:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+    groups = row["groups"]
+    expected = {
+        "benchmark": ("a string", isinstance(row["benchmark"], str)),
+        "id": ("a string", isinstance(row["id"], str)),
+        "question": ("a string", isinstance(row["question"], str)),
+        "response": ("a string, empty where the model said nothing", isinstance(row["response"], str)),
+        "options": ("a list of strings, or null", row["options"] is None or strings(row["options"])),
+        "answer": ("a string, or a list of strings", isinstance(row["answer"], str) or strings(row["answer"])),
+        "groups": (
+            "an object of strings",
+            isinstance(groups, dict) and all(isinstance(value, str) for value in groups.values()),
+        ),
+        "image_sha256": ("a list of strings", strings(row["image_sha256"])),
+    }
+    for name, (kind, right) in expected.items():
+        if not right:
+            got = json.dumps(row[name], ensure_ascii=False)
+            got = got if len(got) <= 80 else f"{got[:80]}..."
+            hint = ""
+            if name == "options" and isinstance(row[name], str):
+                hint = "; it looks like a list written as text: write it as a JSON list"
+            raise UserError(f"{where}: {name} is {got}; expected {kind}{hint}")
 
 
 def finished(out: Path) -> dict[Key, Response]:
@@ -126,7 +191,7 @@ def merge(out: Path, order: Sequence[Key]) -> list[Response]:
         )
     rows = [found[key] for key in order]
     write_whole(out / RESPONSES_FILE, json_lines(rows))
-    for path in out.glob("responses.rank*.jsonl"):
+    for path in out.glob("responses.*.jsonl"):
         path.unlink()
     return rows
 

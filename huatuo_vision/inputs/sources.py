@@ -10,8 +10,6 @@ import bisect
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from huatuo_vision.inputs.adapters import ImageNameError, adapt, row_id, row_images
+from huatuo_vision.phantom import make_phantom, phantom_folder
 from huatuo_vision.recipe import SourceSpec
 from huatuo_vision.schema import BadSample, ImageRef, Sample, UserError, check_sample
 
@@ -41,7 +40,6 @@ PUBMEDVISION_CONFIGS = {
     "chinese": "PubMedVision_Chinese",
 }
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Goes up whenever the same file would be converted differently.
 CONVERSION_VERSION = 1
@@ -218,17 +216,7 @@ def ensure_made(spec: SourceSpec, cache_dir: Path) -> None:
     """Makes a phantom source's data, unless it is there. For one process only; other sources have nothing to make."""
     if spec.adapter != "phantom":
         return
-    folder = _phantom_folder(spec, Path(cache_dir).absolute())
-    arguments = {"--out": folder, "--train": spec.train, "--test": spec.test or 0, "--seed": spec.seed or 0}
-    command = [sys.executable, "-m", "data.phantom", *(str(part) for pair in arguments.items() for part in pair)]
-    if not (REPOSITORY / "data" / "phantom.py").is_file():
-        raise UserError(f"adapter phantom needs data/phantom.py, which is not in {REPOSITORY}; run from a checkout")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The command checks a folder that is there, and has nothing to say of one that is whole.
-    stdout = subprocess.DEVNULL if folder.exists() else None
-    code = subprocess.run(command, cwd=REPOSITORY, check=False, stdout=stdout).returncode
-    if code != 0:
-        raise UserError(f"making the phantom data ended with exit code {code}; its message stands above")
+    make_phantom(Path(cache_dir).absolute(), **_phantom_arguments(spec))
 
 
 def _open(name: str, spec: SourceSpec, cache_dir: Path) -> Source:
@@ -261,7 +249,7 @@ def _open(name: str, spec: SourceSpec, cache_dir: Path) -> Source:
 
 def _data_files(spec: SourceSpec, cache_dir: Path) -> tuple[Path, ...]:
     if spec.adapter == "phantom":
-        file = _phantom_folder(spec, cache_dir) / f"{PUBMEDVISION_CONFIGS[spec.config]}.json"
+        file = phantom_folder(cache_dir, **_phantom_arguments(spec)) / f"{PUBMEDVISION_CONFIGS[spec.config]}.json"
         if not file.is_file():
             raise UserError(f"the phantom data is not made yet: {file} does not exist; ensure_made() makes it first")
         return (file,)
@@ -287,8 +275,8 @@ def _data_files(spec: SourceSpec, cache_dir: Path) -> tuple[Path, ...]:
     raise UserError(f"the folder {path} holds {names}; expected {usual}, or set path to the file that is meant")
 
 
-def _phantom_folder(spec: SourceSpec, cache_dir: Path) -> Path:
-    return cache_dir / f"phantom-{spec.train}-{spec.test or 0}-{spec.seed or 0}"
+def _phantom_arguments(spec: SourceSpec) -> dict[str, int]:
+    return {"train": spec.train, "test": spec.test or 0, "seed": spec.seed or 0}
 
 
 def _hub_rows(spec: SourceSpec) -> tuple[Dataset, str | None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -497,14 +498,28 @@ def _language_model(spec: LanguageModelSpec, config: PreTrainedConfig) -> PreTra
     return model
 
 
+def sincos_positions(side: int, width: int) -> Tensor:
+    """(side * side, width) sines and cosines of each patch's column and row, of unit mean square.
+
+    What random encoders start from: "Better plain ViT baselines for ImageNet-1k" (Beyer et al. 2022). With random
+    vectors, as transformers starts them, a small encoder learns what a picture shows and for thousands of steps not
+    where: nothing in them says yet which patches are neighbours. Wavelengths suit grids of some ten patches a side.
+    """
+    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = torch.cat([axis.reshape(-1, 1) * frequencies for axis in (column, row)], dim=1)  # (side², width / 2)
+    return math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
 def _vision_encoder(spec: VisionEncoderSpec, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The vision half of a CLIP or SigLIP checkpoint, or random weights."""
     if spec.config is not None:
         encoder = AutoModel.from_config(config, dtype=dtype)
-        # transformers starts patch weights and positions at one scale, so that a patch's place is a tenth of what it
-        # shows; a small encoder then learns what, and for thousands of steps not where. As large as a patch, it does.
-        with torch.no_grad():
-            encoder.get_submodule("embeddings.position_embedding").weight.normal_(std=0.2)
+        positions = encoder.get_submodule("embeddings.position_embedding").weight
+        with torch.no_grad():  # the grid's rows come last; CLIP's class token, first, keeps its own
+            grid = sincos_positions(config.image_size // config.patch_size, config.hidden_size)
+            # As large as what a patch of normalised pixels shows.
+            positions[-len(grid) :] = grid * config.initializer_range * config.patch_size * math.sqrt(3)
         return encoder
     source = _source(spec)
     verbosity = logging.get_verbosity()

@@ -17,9 +17,11 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
 from huatuo_vision.cli import run_command
+from huatuo_vision.evaluation import answers as answering
 from huatuo_vision.evaluation import generate
-from huatuo_vision.evaluation.benchmarks import Row, phantom
-from huatuo_vision.evaluation.protocols import DEFAULT
+from huatuo_vision.evaluation.benchmarks import BENCHMARKS
+from huatuo_vision.evaluation.protocols import PROTOCOLS
+from huatuo_vision.evaluation.rows import Row
 from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.processor import load_processor
 from huatuo_vision.model.folder import load_model
@@ -28,6 +30,15 @@ from tests.evaluation.helpers import REPOSITORY, environment, run_python
 from tests.evaluation.tiny import read_lines, save_tiny_model
 
 LIMIT = 12
+DEFAULT = PROTOCOLS["default"]
+
+
+def phantom_rows() -> tuple[Row, ...]:
+    return BENCHMARKS["phantom"].load(None).rows
+
+
+def made_up(row_id: str, question: str, image: ImageRef) -> Row:
+    return Row("made-up", row_id, question, "multiple-choice", ("x", "y"), "A", (image,), {})
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +88,7 @@ def test_answers_are_the_models_own_greedy_ones_whatever_the_batch(evaluate, mod
     one, five, every = ((tmp_path / name / "responses.jsonl").read_bytes() for name in ("one", "five", "all"))
     assert one == five == every
 
-    rows = phantom().rows
+    rows = phantom_rows()
     assert [answer["id"] for answer in answers] == [row.id for row in rows[:LIMIT]]
     processor, plain = load_processor(model), load_model(model, dtype=torch.float32).eval()
     for row, answer in zip(rows[:3], answers, strict=False):
@@ -110,7 +121,7 @@ def test_an_adapter_answers_as_it_does_merged(evaluate, model, tmp_path):
 
 def test_a_row_of_answers_is_whole(evaluate, tmp_path):
     answer = evaluate(tmp_path / "out")[0]
-    row = phantom().rows[0]
+    row = phantom_rows()[0]
     assert list(answer) == [
         "benchmark", "id", "question_type", "question", "options", "answer", "response", "groups", "image_sha256",
     ]  # fmt: skip
@@ -121,7 +132,7 @@ def test_a_row_of_answers_is_whole(evaluate, tmp_path):
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())["benchmarks"]["phantom"]
     assert (scores["n"], scores["expected_n"], scores["comparable"]) == (LIMIT, 600, False)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "eval.json", "responses.jsonl", "verdicts.jsonl", "scores.json", "report.md", "report.html",
+        "eval.json", "responses.jsonl", "verdicts.jsonl", "scores.json", "report.md", "report.html", "images",
     }  # fmt: skip
 
 
@@ -149,7 +160,7 @@ def test_blind_asks_the_same_without_any_image(evaluate, asked, model, tmp_path)
 def test_the_prompt_is_the_tokens_that_training_puts_before_an_answer(model, home, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(home))
     processor, encoder = load_processor(model), Encoder(model)
-    row = max(phantom().rows, key=lambda row: len(row.images))
+    row = max(phantom_rows(), key=lambda row: len(row.images))
     question = "<image>\n" * len(row.images) + DEFAULT.render(row)
     sample = Sample(row.id, "phantom", row.images, (Message("user", question), Message("assistant", "B")))
     encoded = encoder.encode(sample)
@@ -162,7 +173,7 @@ def test_the_prompt_is_the_tokens_that_training_puts_before_an_answer(model, hom
 
 
 def test_a_question_that_spells_the_placeholder_shows_no_image(model):
-    row = Row("made-up", "1", "What is <image>?", ("x", "y"), "A", (ImageRef(data=b""),), {})
+    row = made_up("1", "What is <image>?", ImageRef(data=b""))
     prompt = generate.render_prompt(load_processor(model), DEFAULT, row, blind=False)
     assert prompt.count("<image>") == 1
 
@@ -219,9 +230,9 @@ def test_the_fingerprint_tells_one_changed_weight_and_nothing_else(model, tmp_pa
 def test_unreadable_images_are_listed_before_any_question(tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     refs = [ImageRef(path=str(tmp_path / name)) for name in ("cut.png", "gone.png")]
-    rows = [Row("made-up", str(i), "?", ("x", "y"), "A", (ref,), {}) for i, ref in enumerate(refs)]
+    rows = [made_up(str(i), "?", ref) for i, ref in enumerate(refs)]
     with pytest.raises(UserError, match="2 images .*'0'.*cut.png.*'1'.*gone.png"):
-        generate.check_images(rows)
+        answering.check_images(rows)
 
 
 def test_a_prompt_longer_than_the_model_is_refused_by_row(evaluate, model, tmp_path):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -19,6 +23,8 @@ from transformers import (
 )
 
 import huatuo_vision.model
+from huatuo_vision.evaluation.rows import Row
+from huatuo_vision.schema import ImageRef
 
 TEMPLATE = Path(huatuo_vision.model.__file__).parent / "chat_templates" / "huatuo.jinja"
 
@@ -74,6 +80,38 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def picture(seed: int, format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (28, 20)) -> ImageRef:
+    """An image of noise in memory."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, format=format)
+    return ImageRef(data=file.getvalue(), sha256=hashlib.sha256(file.getvalue()).hexdigest())
+
+
+ORGANS = ("left lung", "right lung", "liver", "heart", "spleen", "left kidney", "aorta")
+
+
+def mixed_rows(n: int = 12) -> list[Row]:
+    """Rows of unlike length with none, one or two images; every fifth is open, some share their image."""
+    rows = []
+    for i in range(n):
+        options = None if i % 5 == 4 else tuple(ORGANS[(i + k) % len(ORGANS)] for k in range(2 + i % 4))
+        rows.append(
+            Row(
+                benchmark="made-up",
+                id=f"row {i}",
+                question="Which organ is this" + ", please" * (i % 3) + "?",
+                question_type="open" if options is None else "multiple-choice",
+                options=options,
+                answer=(ORGANS[i % 7], "an organ") if options is None else "AB"[i % 2],
+                images=tuple(picture(k) for k in ((), (1,), (2, 3), (1,))[i % 4]),
+                groups={"modality": ("CT", "MR")[i % 2]},
+                extra={"case": f"case {i // 2}"} if i % 2 else {},
+            )
+        )
+    return rows
 
 
 def read_lines(path: Path) -> list[dict]:

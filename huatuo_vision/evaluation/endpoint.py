@@ -1,0 +1,315 @@
+"""Asking a model behind an OpenAI-compatible endpoint: vLLM, SGLang, `transformers serve`, hosted ones. No torch.
+
+The client retries what may pass (no connection, timeouts, 408, 409, 429, 5xx) with growing pauses. A row that still
+fails is left for the next run and does not disturb the others, until `concurrency` rows have failed with no answer
+between them; a wrong key or model name ends the run at once. Either way the rows in flight are waited for, every
+answer is on disk as soon as it is there, and the same command asks only what is missing.
+
+The seed is the same for every row, as servers have no other way to take one. Servers apply a repetition penalty as
+they see fit: vLLM's counts the prompt too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import ipaddress
+import os
+import time
+import zipfile
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+import openai
+from openai.types.chat import ChatCompletion
+from rich.console import Console
+
+from huatuo_vision.evaluation.answers import progress_bar, response_of
+from huatuo_vision.evaluation.protocols import Protocol
+from huatuo_vision.evaluation.responses import append, finished
+from huatuo_vision.evaluation.rows import Row
+from huatuo_vision.inputs.images import load_image
+from huatuo_vision.schema import ImageRef, UserError, escape_placeholder
+
+RESPONSES_FILE = "responses.endpoint.jsonl"
+
+MAX_RETRIES = 5
+TIMEOUT = openai.Timeout(300.0, connect=10.0)  # seconds; a row of 256 tokens may wait behind others for minutes
+
+# Formats that every endpoint reads, by their first bytes.
+_SENT_AS_THEY_ARE = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+
+Item = TypeVar("Item")
+
+
+def identity(model: str, base_url: str) -> str:
+    """Which model answered: the endpoint's host and the name it is asked for by."""
+    return f"{_host(base_url)}/{model}"
+
+
+def answer(
+    rows: Sequence[Row],
+    protocol: Protocol,
+    model: str,
+    base_url: str,
+    out: Path,
+    *,
+    blind: bool,
+    concurrency: int = 8,
+    console: Console | None = None,
+) -> None:
+    """Append the answers to `rows` to `out`/responses.endpoint.jsonl, each as soon as it is there.
+
+    Raises UserError where rows are left without an answer; those that have one are kept.
+    """
+    path = out / RESPONSES_FILE
+
+    async def ask(client: openai.AsyncOpenAI, row: Row) -> None:
+        messages = await asyncio.to_thread(messages_of, row, protocol, blind=blind)
+        begin = time.monotonic()
+        reply = await complete(client, messages, **request_settings(protocol, model))
+        extra = {} if reply.new_tokens is None else {"new_tokens": reply.new_tokens}
+        append(path, [response_of(row, reply.text, seconds=round(time.monotonic() - begin, 3), **extra)])
+
+    failures = ask_all(rows, ask, base_url, doing="answering", concurrency=concurrency, console=console)
+    if failures:
+        raise UserError(
+            f"{failures.said(model, base_url)}; {len(finished(out)):,} answers are kept, {failures.left:,} are "
+            "missing: run the same command again to go on"
+        )
+
+
+def request_settings(protocol: Protocol, model: str) -> dict[str, Any]:
+    """What a chat completion is asked with besides its messages."""
+    decoding = protocol.decoding
+    settings: dict[str, Any] = {
+        "model": model,
+        "temperature": decoding.temperature,
+        "max_tokens": decoding.max_new_tokens,
+        "seed": decoding.seed,
+    }
+    if decoding.repetition_penalty != 1.0:
+        # No parameter of OpenAI's, but of all servers for open models.
+        settings["extra_body"] = {"repetition_penalty": decoding.repetition_penalty}
+    return settings
+
+
+def messages_of(row: Row, protocol: Protocol, *, blind: bool) -> list[dict[str, Any]]:
+    """The row's question as one user turn, its images before its text."""
+    images = () if blind else row.images
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_uri(ref, row.id)}} for ref in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": escape_placeholder(protocol.render(row))}]}]
+
+
+def data_uri(ref: ImageRef, row_id: str) -> str:
+    """An upright RGB or grey JPEG or PNG as it is stored; whatever else as a PNG of the pixels our own model sees.
+
+    Endpoints can't be trusted with the rest: most refuse TIFF, and 16-bit radiographs come out white.
+    """
+    loaded = load_image(ref, row_id)
+    encoded = _stored_bytes(ref)
+    kind = next((kind for start, kind in _SENT_AS_THEY_ARE.items() if encoded.startswith(start)), None)
+    if kind is None or loaded.notes:
+        png = io.BytesIO()
+        loaded.image.save(png, format="PNG")
+        kind, encoded = "image/png", png.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def _stored_bytes(ref: ImageRef) -> bytes:
+    """Of an image that `load_image` has read, so that it is there and no larger than allowed."""
+    if ref.data is not None:
+        return ref.data
+    if ref.path is not None:
+        return Path(ref.path).read_bytes()
+    return _archive(ref.archive).read(ref.member)
+
+
+@lru_cache(maxsize=64)
+def _archive(path: str) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    text: str
+    prompt_tokens: int | None  # None where the endpoint does not count
+    new_tokens: int | None
+
+
+class NotAnAnswer(Exception):
+    """What the endpoint sent is no chat completion; the text says what it is."""
+
+
+async def complete(client: openai.AsyncOpenAI, messages: list[dict[str, Any]], **settings: Any) -> Reply:
+    """Raises openai.OpenAIError or NotAnAnswer."""
+    try:
+        completion = await client.chat.completions.create(messages=messages, **settings)
+    except ValueError as error:  # JSON by its content type only
+        raise NotAnAnswer(f"no JSON ({_one_line(error)})") from None
+    # The client hands on what it can't parse as it is.
+    if not isinstance(completion, ChatCompletion):
+        raise NotAnAnswer(f"no JSON but {_one_line(completion)!r}")
+    choices = getattr(completion, "choices", None)
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    if message is None:
+        raise NotAnAnswer("JSON without choices")
+    text = getattr(message, "content", None)
+    if text is None:
+        text = getattr(message, "refusal", None) or ""
+    if not isinstance(text, str):
+        raise NotAnAnswer("a message whose content is no text")
+    usage = getattr(completion, "usage", None)
+    prompt_tokens, new_tokens = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    return Reply(text, prompt_tokens, new_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Failures(Generic[Item]):
+    """Items without a result: those that failed, and those not tried any more."""
+
+    failed: list[tuple[Item, Exception]]
+    left: int  # failed or not tried
+
+    def __bool__(self) -> bool:
+        return self.left > 0
+
+    def said(self, model: str, base_url: str) -> str:
+        """The first failure, without what an endpoint may quote of the key."""
+        item, error = self.failed[0]
+        others = f" ({len(self.failed) - 1} others failed too)" if len(self.failed) > 1 else ""
+        name = f" at row {item.id!r}" if isinstance(item, Row) else ""
+        return f"{_explained(error, model, _host(base_url))}{name}{others}"
+
+
+def ask_all(
+    items: Sequence[Item],
+    ask: Callable[[openai.AsyncOpenAI, Item], Awaitable[None]],
+    base_url: str,
+    *,
+    doing: str,
+    concurrency: int,
+    console: Console | None,
+) -> Failures[Item]:
+    """Run `ask` on every item, `concurrency` at a time; it keeps its results itself. Raises UserError for a bad URL."""
+    return asyncio.run(_ask_all(items, ask, base_url, doing=doing, concurrency=concurrency, console=console))
+
+
+async def _ask_all(
+    items: Sequence[Item],
+    ask: Callable[[openai.AsyncOpenAI, Item], Awaitable[None]],
+    base_url: str,
+    *,
+    doing: str,
+    concurrency: int,
+    console: Console | None,
+) -> Failures[Item]:
+    failed: list[tuple[Item, Exception]] = []
+    done = failed_in_a_row = 0
+    fatal = False
+
+    async def work(waiting: Iterator[Item]) -> None:
+        nonlocal done, failed_in_a_row, fatal
+        # Only the items being asked are in memory with their images.
+        while not fatal and failed_in_a_row < concurrency:
+            item = next(waiting, None)
+            if item is None:
+                return
+            try:
+                await ask(client, item)
+            except (openai.OpenAIError, NotAnAnswer) as error:
+                failed.append((item, error))
+                failed_in_a_row += 1
+                fatal = fatal or isinstance(
+                    error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
+                )
+            else:
+                done += 1
+                failed_in_a_row = 0
+                progress.advance(task)
+
+    waiting = iter(items)
+    with progress_bar(doing, console=console) as progress:
+        task = progress.add_task("rows", total=len(items))
+        async with openai.AsyncOpenAI(
+            base_url=base_url, api_key=_api_key(base_url), max_retries=MAX_RETRIES, timeout=TIMEOUT
+        ) as client:
+            await asyncio.gather(*(work(waiting) for _ in range(min(concurrency, len(items)))))
+    return Failures(failed, len(items) - done)
+
+
+def _host(base_url: str) -> str:
+    """Host and port alone: a URL can carry a password."""
+    try:
+        parts = urlsplit(base_url)
+        port = "" if parts.port is None else f":{parts.port}"
+    except ValueError:
+        parts, port = urlsplit(""), ""
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError("--base-url is no address of an endpoint; expected one like http://localhost:8000/v1")
+    return f"{parts.hostname}{port}"
+
+
+def _api_key(base_url: str) -> str:
+    key = os.environ.get("OPENAI_API_KEY")
+    if key:
+        return key
+    host = _host(base_url)
+    if not _is_local(urlsplit(base_url).hostname):
+        raise UserError(f"the endpoint {host} wants a key; set the environment variable OPENAI_API_KEY")
+    return "none"  # servers on one's own machines ask for none, but the client does
+
+
+def _is_local(hostname: str) -> bool:
+    try:
+        return ipaddress.ip_address(hostname).is_private
+    except ValueError:
+        return "." not in hostname or hostname.endswith((".local", ".localhost", ".internal"))
+
+
+def _explained(error: Exception, model: str, host: str) -> str:
+    tried = f"with up to {MAX_RETRIES} retries"
+    match error:
+        case NotAnAnswer():
+            return f"the endpoint {host} sent {error}; expected a chat completion, so check that --base-url ends in /v1"
+        case openai.APITimeoutError():
+            return f"the endpoint {host} did not answer within {TIMEOUT.read:.0f} s, {tried}; is it overloaded?"
+        case openai.APIConnectionError():
+            return f"the endpoint {host} can't be reached, {tried} ({_cause(error)}); is it running?"
+        case openai.AuthenticationError() | openai.PermissionDeniedError():
+            # Without its own words: some endpoints quote the key.
+            return f"the endpoint {host} refuses the key ({error.status_code}); correct OPENAI_API_KEY"
+        case openai.NotFoundError():
+            return (
+                f"the endpoint {host} knows no model {model!r} under this --base-url (404: {_detail(error)}); check "
+                "both, most list their models at /v1/models"
+            )
+        case openai.RateLimitError():
+            return f"the endpoint {host} says it is asked too often (429: {_detail(error)}), {tried}"
+        case openai.InternalServerError():
+            return f"the endpoint {host} failed ({error.status_code}: {_detail(error)}), {tried}; look into its log"
+        case openai.APIStatusError():
+            return f"the endpoint {host} refuses the request ({error.status_code}: {_detail(error)})"
+    return f"the endpoint {host} sent no answer that can be read ({_one_line(error)})"
+
+
+def _detail(error: openai.APIStatusError) -> str:
+    body = error.body
+    said = body.get("message") if isinstance(body, Mapping) else None
+    key = os.environ.get("OPENAI_API_KEY")
+    words = _one_line(said or error.message)
+    return words.replace(key, "***") if key else words
+
+
+def _cause(error: Exception) -> str:
+    return _one_line(error.__cause__ or error)
+
+
+def _one_line(said: object, length: int = 200) -> str:
+    words = " ".join(str(said).split()).rstrip(".")
+    return words if len(words) <= length else f"{words[:length]}..."

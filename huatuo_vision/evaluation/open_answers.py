@@ -1,0 +1,152 @@
+"""Our own reading of answers to open questions, and the metrics every open row gets. No torch here.
+
+An answer is right where it says the same as one accepted string: the same words without case, articles and
+punctuation; the same number in the same unit; the same list in any order; the same yes or no.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from sacrebleu.metrics import BLEU
+
+from huatuo_vision.evaluation.parsing import enclosed, said_yes_or_no
+from huatuo_vision.evaluation.words import CJK, Words, clean, normal, refuses
+
+# What is said around an answer. Only at the beginning, and a full stop at the end goes with the punctuation.
+_MARKER = re.compile(
+    r"(?:^|.*?[\s.,;:!?。，])(?:(?:so|thus|therefore|hence)[\s,]+)?"
+    r"(?:(?:the|my|final|correct|best)\s+)*answer(?:\s+to\s+(?:the|this)\s+question)?\s*(?:is\b\s*:?|:|=)\s*"
+    r"|.*?(?:正确|最终)?答案(?:应该)?(?:是|为|:)\s*",
+    re.DOTALL | re.IGNORECASE,
+)
+_WRAPPER = re.compile(
+    r"(?:(?:so|thus|therefore|hence|well|sure)[\s,]+)?(?:(?:it|this|that)(?:\s+is|'s)|they\s+are|there\s+(?:is|are)|these\s+are"
+    r"|(?:the|this)\s+(?:image|picture|scan|figure|x-?ray|photo)\s+(?:shows|is|depicts)|[AQ]:|这是|图像显示)\s+",
+    re.IGNORECASE,
+)
+
+_UNITS = {
+    unit: names[0]
+    for names in (
+        ("%", "percent", "per cent", "percentage"), ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "毫米"),
+        ("cm", "centimeter", "centimeters", "centimetre", "centimetres", "厘米"), ("m", "meter", "meters", "metre", "metres"),
+        ("μm", "um", "micrometer", "micrometers", "micron", "microns"), ("ml", "milliliter", "milliliters", "millilitre", "millilitres"),
+        ("l", "liter", "liters", "litre", "litres"), ("mg", "milligram", "milligrams"), ("g", "gram", "grams"), ("kg", "kilogram", "kilograms"),
+        ("s", "sec", "second", "seconds"), ("min", "minute", "minutes"), ("h", "hr", "hrs", "hour", "hours"), ("day", "days"),
+        ("week", "weeks"), ("month", "months"), ("year", "years", "yr", "yrs"), ("°", "degree", "degrees"), ("°c", "celsius"),
+        ("mmhg",), ("bpm",), ("hu",), ("cc",),
+    )
+    for unit in names
+}  # fmt: skip
+_NUMBER_WORDS = {
+    word: str(value)
+    for value, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
+}
+_QUANTITY = re.compile(r"([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)\s*([^\d\s].*)?")
+
+
+def parse_open(reply: str) -> str | None:
+    """What a reply says, as it is compared; None where it says nothing or declines to answer."""
+    text = clean(reply)
+    said = unwrapped(text)
+    return None if not said or refuses(text) else said
+
+
+def unwrapped(text: str) -> str:
+    """The answer of a cleaned reply without what is said around it, in the words that are compared."""
+    contents = enclosed(text)
+    text = clean(contents[-1]) if contents else text
+    last = None
+    for last in _MARKER.finditer(text):
+        pass
+    text = text[last.end() :] if last and text[last.end() :].strip(" .") else text
+    while (wrapper := _WRAPPER.match(text)) and text[wrapper.end() :].strip(" ."):
+        text = text[wrapper.end() :]
+    return normal(text)
+
+
+def same_answer(reply: str, accepted: Sequence[str]) -> bool:
+    """Whether a reply says the same as one of the accepted strings."""
+    text = clean(reply)
+    readings = {normal(text), unwrapped(text)}
+    return any(_agrees(text, readings, clean(gold)) for gold in accepted)
+
+
+def _agrees(text: str, readings: set[str], gold: str) -> bool:
+    wanted = normal(gold)
+    if wanted in readings:
+        return wanted != ""
+    if wanted in ("yes", "no"):
+        return said_yes_or_no(text) == wanted
+    if quantity := _quantity(gold):
+        return any(_quantity(reading) == quantity for reading in (text, *readings))
+    items = _items(gold)
+    return len(items) > 1 and (_items(text) == items or _items(_after_marker(text)) == items)
+
+
+def _after_marker(text: str) -> str:
+    marker = _MARKER.match(text) or _WRAPPER.match(text)
+    return text[marker.end() :] if marker else text
+
+
+def _quantity(text: str) -> tuple[float, str] | None:
+    """The number and unit ("" for none) that are all a text says: "3.0 cm", "two", "50 percent"."""
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.casefold().strip(" .,;:!"))
+    first, _, rest = text.partition(" ")
+    match = _QUANTITY.fullmatch(f"{_NUMBER_WORDS.get(first, first)} {rest}".strip())
+    if not match:
+        return None
+    unit = (match[2] or "").strip()
+    if unit and unit not in _UNITS:
+        return None
+    return float(match[1]), _UNITS.get(unit, "")
+
+
+def _items(text: str) -> frozenset[str]:
+    parts = re.split(r",(?!\d{3})|[;、\n]|\s&\s|\band\b|和|及|与", text)
+    return frozenset(filter(None, map(normal, parts)))
+
+
+def metrics(reply: str, accepted: Sequence[str]) -> dict[str, float]:
+    """exact_match, token_recall, token_f1 and bleu of a reply, each 0 to 1, each the best over the accepted strings.
+
+    Tokens are SQuAD's (Rajpurkar et al. 2016): lower case, without articles and punctuation; each Chinese character
+    is one. BLEU is sacrebleu's sentence BLEU with effective order, in lower case.
+    """
+    said = normal(reply).split()
+    overlaps = [_overlap(said, normal(gold).split()) for gold in accepted]
+    return {
+        "exact_match": float(any(said and said == normal(gold).split() for gold in accepted)),
+        "token_recall": max(recall for recall, _ in overlaps),
+        "token_f1": max(f1 for _, f1 in overlaps),
+        "bleu": max(_bleu(reply, gold) for gold in accepted),
+    }
+
+
+def _overlap(said: Sequence[str], gold: Sequence[str]) -> tuple[float, float]:
+    """Recall and F1 of the gold's tokens, counted with repetitions."""
+    shared = sum((Counter(said) & Counter(gold)).values())
+    if not shared:
+        return 0.0, 0.0
+    recall, precision = shared / len(gold), shared / len(said)
+    return recall, 2 * precision * recall / (precision + recall)
+
+
+@cache
+def _scorer(tokenize: str) -> BLEU:
+    return BLEU(effective_order=True, lowercase=True, tokenize=tokenize)
+
+
+def _bleu(reply: str, gold: str) -> float:
+    tokenize = "zh" if re.search(f"[{CJK}]", gold) else "13a"
+    return _scorer(tokenize).sentence_score(reply, [gold]).score / 100 if reply.strip() and gold.strip() else 0.0
+
+
+def accepted_strings(answer: str | Sequence[str]) -> tuple[str, ...]:
+    return (answer,) if isinstance(answer, str) else tuple(answer)
+
+

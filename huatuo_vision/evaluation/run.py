@@ -1,0 +1,283 @@
+"""The stages of eval.py: answer, score, report. Each reads and writes the evaluation folder; torch only to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from huatuo_vision.evaluation import (
+    compare,
+    hub_results,
+    pictures,
+    report,
+    report_samples,
+    responses,
+    rotations,
+    scorers,
+    scores,
+)
+from huatuo_vision.evaluation.benchmarks import BENCHMARKS, SETS
+from huatuo_vision.evaluation.protocols import PROTOCOLS, Protocol
+from huatuo_vision.evaluation.rows import HIDDEN, Benchmark, Loaded, Row
+from huatuo_vision.schema import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of whom: the command line of an evaluation, checked."""
+
+    model: str
+    benchmarks: Mapping[str, Path | None]  # name -> its local data; None for the Hub
+    protocol: Protocol
+    out: Path
+    blind: bool
+    limit: int | None
+    backend: str
+    base_url: str | None
+    batch_size: int
+    rotate_options: bool
+    scoring: str
+
+
+def chosen_benchmarks(named: Sequence[str]) -> dict[str, Path | None]:
+    """`NAME` or `NAME=PATH`, a set standing for its members; raises UserError for a name that is none."""
+    chosen: dict[str, Path | None] = {}
+    for argument in named:
+        name, _, path = argument.partition("=")
+        if name not in BENCHMARKS and name not in SETS:
+            raise UserError(
+                f"--benchmarks {name}: no such benchmark; expected of {', '.join(BENCHMARKS)}, or one of the sets "
+                f"{', '.join(SETS)}"
+            )
+        if path and not Path(path).exists():
+            raise UserError(f"--benchmarks {argument}: {path} does not exist; give the folder or file of its data")
+        chosen |= {member: Path(path) if path else None for member in SETS.get(name, (name,))}
+    return chosen
+
+
+def answer(question: Question) -> bool:
+    """Ask every open row; True on the process that goes on to score."""
+    if question.backend == "openai":
+        _answer_by_endpoint(question)
+        return True
+    return _answer_by_transformers(question)
+
+
+def _answer_by_transformers(question: Question) -> bool:
+    from huatuo_vision.evaluation import generate, likelihood
+    from huatuo_vision.evaluation.answers import check_images
+    from huatuo_vision.launch import start_processes
+
+    # At the last barrier the slowest process may be hours behind; a backend's own limit is minutes.
+    world = start_processes(timeout=timedelta(days=7))
+    with world.main_process_first():
+        folder = generate.find_model(question.model)
+        loaded = _load(question)
+    rows = _rows(question, loaded)
+    if question.scoring == "likelihood":
+        likelihood.check_rows(rows, question.protocol)
+    header = _header(
+        question,
+        loaded,
+        weights=generate.weights_fingerprint(folder),
+        precision=str(generate.precision_on(world.device)).removeprefix("torch."),
+    )
+    if world.is_main_process:
+        responses.claim_folder(question.out, header)
+        responses.drop_torn_lines(question.out)
+        check_images([] if question.blind else rows)
+    world.wait_for_everyone()
+    open_rows = _open_rows(question.out, rows)
+    world.wait_for_everyone()  # nobody writes an answer before all have read which are finished
+
+    if open_rows:
+        backend = likelihood if question.scoring == "likelihood" else generate
+        backend.answer(
+            open_rows,
+            folder,
+            question.protocol,
+            world,
+            question.out,
+            blind=question.blind,
+            batch_size=question.batch_size,
+        )
+    world.wait_for_everyone()
+    if world.is_main_process:
+        _finish_answers(question, rows)
+    world.destroy_process_group()
+    return world.is_main_process
+
+
+def _answer_by_endpoint(question: Question) -> None:
+    from huatuo_vision.evaluation import endpoint
+    from huatuo_vision.evaluation.answers import check_images
+
+    loaded = _load(question)
+    rows = _rows(question, loaded)
+    header = _header(question, loaded, weights=None, precision=None)
+    responses.claim_folder(question.out, header)
+    responses.drop_torn_lines(question.out)
+    check_images([] if question.blind else rows)
+    open_rows = _open_rows(question.out, rows)
+    if open_rows:
+        endpoint.answer(
+            open_rows, question.protocol, question.model, question.base_url, question.out, blind=question.blind
+        )
+    _finish_answers(question, rows)
+
+
+def _load(question: Question) -> dict[str, Loaded]:
+    return {name: BENCHMARKS[name].load(path) for name, path in question.benchmarks.items()}
+
+
+def _rows(question: Question, loaded: Mapping[str, Loaded]) -> list[Row]:
+    rows = [row for name in loaded for row in loaded[name].rows[: question.limit]]
+    return rotations.with_rotations(rows) if question.rotate_options else rows
+
+
+def _open_rows(out: Path, rows: Sequence[Row]) -> list[Row]:
+    finished = responses.finished(out)
+    return [row for row in rows if (row.benchmark, row.id) not in finished]
+
+
+def _header(
+    question: Question, loaded: Mapping[str, Loaded], weights: str | None, precision: str | None
+) -> responses.Header:
+    from huatuo_vision.evaluation import endpoint
+
+    model = question.model
+    if question.backend == "openai":
+        model = endpoint.identity(question.model, question.base_url)
+    return responses.Header(
+        model=model,
+        weights=weights,
+        precision=precision,
+        backend=question.backend,
+        protocol=question.protocol.name,
+        protocols={name: question.protocol.hash_on(BENCHMARKS[name], found.revision) for name, found in loaded.items()},
+        revisions={name: found.revision for name, found in loaded.items()},
+        blind=question.blind,
+        limit=question.limit,
+        scoring=question.scoring,
+        rotated=question.rotate_options,
+    )
+
+
+def _finish_answers(question: Question, rows: Sequence[Row]) -> None:
+    """All answers in one file, and small pictures of the rows that the report will show."""
+    answers = responses.merge(question.out, [(row.benchmark, row.id) for row in rows])
+    verdicts = [scorers.judge(answer, question.protocol) for answer in answers]
+    pictures.save_pictures(question.out, rows, report_samples.choose(answers, verdicts))
+
+
+def score(out: Path, protocol: Protocol, *, judge: str | None = None, judge_url: str | None = None) -> dict[str, Any]:
+    """Grade `out`/responses.jsonl by the protocol's rules and write verdicts, scores and reports."""
+    answers = responses.read_responses(out / responses.RESPONSES_FILE)
+    if not answers:
+        raise UserError(f"{out / responses.RESPONSES_FILE} holds no answers, so there is nothing to score")
+    header = responses.read_header(out)
+    verdicts = [scorers.judge(answer, protocol) for answer in answers]
+    facts = {name: _facts(name, header, protocol) for name in dict.fromkeys(answer["benchmark"] for answer in answers)}
+    result = scores.summarise(asdict(header), protocol, answers, verdicts, facts)
+    if judge is not None:
+        from huatuo_vision.evaluation import judges
+
+        for name, entry in judges.judge_answers(answers, verdicts, judge, judge_url, out).items():
+            result["benchmarks"][name]["judge"] = entry
+    responses.write_whole(out / compare.VERDICTS_FILE, responses.json_lines([_verdict_line(v) for v in verdicts]))
+    responses.write_whole(out / compare.SCORES_FILE, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    report.write_reports(out, result, answers, verdicts)
+    hub_results.write_results(out, result)
+    _write_submissions(out, answers, verdicts)
+    return result
+
+
+def _facts(name: str, header: responses.Header, protocol: Protocol) -> scores.BenchmarkFacts:
+    benchmark: Benchmark | None = BENCHMARKS.get(name)
+    if benchmark is None:
+        return scores.BenchmarkFacts.unknown(name, protocol)
+    return scores.BenchmarkFacts.of(benchmark, header.revisions.get(name, "not recorded"), protocol)
+
+
+def _write_submissions(out: Path, answers: Sequence[Mapping[str, Any]], verdicts: Sequence[scorers.Verdict]) -> None:
+    """`submission-<benchmark>.json`, id -> answer, as the official servers of hidden answers take it."""
+    hidden: dict[str, dict[str, str]] = {}
+    for row, verdict in zip(answers, verdicts, strict=True):
+        if row["answer"] == HIDDEN and "rotation" not in row:
+            hidden.setdefault(row["benchmark"], {})[row["id"]] = verdict.parsed or ""
+    for name, content in hidden.items():
+        path = out / f"submission-{name}.json"
+        responses.write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        empty = sum(not text for text in content.values())
+        Console(stderr=True).print(
+            f"{path}: {len(content):,} answers to send to the benchmark's server, {empty:,} of them empty because the "
+            "reply could not be parsed",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def take_responses(file: Path, out: Path, protocol: Protocol) -> None:
+    """Make `out` the evaluation folder of a responses file that came from anywhere; the file itself stays as it is."""
+    answers = responses.read_responses(file)
+    beside = responses.read_header(file.parent) if (file.parent / responses.HEADER_FILE).exists() else None
+    header = responses.Header(
+        model=beside.model if beside else file.name,
+        weights=beside.weights if beside else None,
+        precision=beside.precision if beside else None,
+        backend=beside.backend if beside else None,
+        protocol=protocol.name,
+        protocols={},
+        revisions=beside.revisions if beside else {},
+        blind=beside.blind if beside else False,
+        limit=beside.limit if beside else None,
+        scoring=beside.scoring if beside else "generate",
+        rotated=any("rotation" in answer for answer in answers),
+    )
+    responses.take(out, header, answers, source=file)
+
+
+def compare_folders(a: Path, b: Path, out: Path | None, console: Console) -> compare.Comparison:
+    """Set two results side by side; with `out`, write the comparison and the report of `a` with `b` beside it."""
+    comparison = compare.compare(a, b)
+    if out is not None:
+        compare.write_comparison(out, comparison)
+        result, *own = _read_result(a)
+        _, *other = _read_result(b)
+        report.write_reports(
+            out,
+            result,
+            *own,
+            comparison=comparison,
+            other=tuple(other),
+            picture_folders=[folder / pictures.FOLDER for folder in (a, b)],
+        )
+    compare.show(comparison, console)
+    return comparison
+
+
+def _verdict_line(verdict: scorers.Verdict) -> dict[str, Any]:
+    """A line of verdicts.jsonl; what only some rows have stands only there."""
+    line = asdict(verdict)
+    return {key: value for key, value in line.items() if value is not None or key == "parsed"}
+
+
+def _read_result(folder: Path) -> tuple[dict[str, Any], list[responses.Response], list[scorers.Verdict]]:
+    """A finished evaluation folder, read back; `compare` has checked that it is whole."""
+    result = json.loads((folder / compare.SCORES_FILE).read_text(encoding="utf-8"))
+    lines = (folder / compare.VERDICTS_FILE).read_text(encoding="utf-8").splitlines()
+    verdicts = {(v.benchmark, v.id): v for v in (scorers.Verdict(**json.loads(line)) for line in lines)}
+    answers = responses.read_responses(folder / responses.RESPONSES_FILE)
+    return result, answers, [verdicts[answer["benchmark"], answer["id"]] for answer in answers]
+
+
+def protocol_named(name: str) -> Protocol:
+    if name not in PROTOCOLS:
+        raise UserError(f"--protocol {name}: no such protocol; expected one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
