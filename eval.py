@@ -107,9 +107,11 @@ def main() -> int:
     console = Console()
 
     # After the arguments, so that --help and a mistyped flag answer at once.
-    from huatuo_vision.evaluation import compare, report, run, self_test
+    from huatuo_vision.evaluation import compare, report, run
 
     if args.self_test:
+        from huatuo_vision.evaluation import self_test
+
         result = self_test.run()
         self_test.show(result, console)
         return 0 if result.passed else 1

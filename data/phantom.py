@@ -669,7 +669,7 @@ def _draw_findings(image: Array, x: Array, y: Array, facts: Facts, view: _View, 
 
 
 def draw_picture(facts: Facts, rng: np.random.Generator, size: int) -> Image.Image:
-    """A picture of `facts`, its sides between 7/8 and 3/2 of `size`; grey, unless the modality or a finding is in colour."""
+    """A picture of `facts`, its sides between 7/8 and 3/2 of `size`, in colour where the modality or a finding is."""
     area, shape = rng.uniform(1.0, 1.36), rng.uniform(0.88, 1.13)
     width, height = (
         int(np.clip(round(side), round(size * 7 / 8), round(size * 3 / 2)))

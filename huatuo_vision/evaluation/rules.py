@@ -226,8 +226,7 @@ def _llava_med_normal(text: str) -> str:
     """
     text = text.lower()
     grouped = re.search(r"\d,\d", text)
-    for sign in _LLAVA_MED_SIGNS:
-        beside_space = f"{sign} " in text or f" {sign}" in text
-        text = text.replace(sign, "" if beside_space or grouped else " ")
+    beside_space = {sign for sign in _LLAVA_MED_SIGNS if f"{sign} " in text or f" {sign}" in text}
+    text = text.translate({ord(sign): None if grouped or sign in beside_space else " " for sign in _LLAVA_MED_SIGNS})
     words = (_LLAVA_MED_NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).split())
     return " ".join(word for word in words if word not in ("a", "an", "the"))

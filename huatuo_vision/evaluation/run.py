@@ -231,7 +231,8 @@ def take_responses(file: Path, out: Path, protocol: Protocol) -> None:
         model=beside.model if beside else file.name,
         weights=beside.weights if beside else None,
         precision=beside.precision if beside else None,
-        backend=beside.backend if beside else None,
+        # Answers asked under another protocol's prompt are no result of this one.
+        backend=beside.backend if beside and beside.protocol == protocol.name else None,
         protocol=protocol.name,
         protocols={},
         revisions=beside.revisions if beside else {},

@@ -519,7 +519,8 @@ def _vision_encoder(spec: VisionEncoderSpec, config: PreTrainedConfig, dtype: to
         with torch.no_grad():  # the grid's rows come last; CLIP's class token, first, keeps its own
             grid = sincos_positions(config.image_size // config.patch_size, config.hidden_size)
             # As large as what a patch of normalised pixels shows.
-            positions[-len(grid) :] = grid * config.initializer_range * config.patch_size * math.sqrt(3)
+            patches = encoder.get_submodule("embeddings.patch_embedding").weight
+            positions[-len(grid) :] = grid * patches.std() * math.sqrt(patches[0].numel())
         return encoder
     source = _source(spec)
     verbosity = logging.get_verbosity()

@@ -99,7 +99,7 @@ def test_answers_are_the_models_own_greedy_ones_whatever_the_batch(evaluate, mod
             return_tensors="pt",
         )
         ids, start = inputs["input_ids"], inputs["input_ids"].shape[1]
-        while ids.shape[1] < start + 16 and ids[0, -1] != processor.tokenizer.eos_token_id:
+        while ids.shape[1] < start + DEFAULT.decoding.max_new_tokens and ids[0, -1] != processor.tokenizer.eos_token_id:
             logits = plain(input_ids=ids, pixel_values=inputs["pixel_values"], use_cache=False).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
         assert processor.decode(ids[0, start:], skip_special_tokens=True) == answer["response"]
@@ -124,6 +124,7 @@ def test_a_row_of_answers_is_whole(evaluate, tmp_path):
     row = phantom_rows()[0]
     assert list(answer) == [
         "benchmark", "id", "question_type", "question", "options", "answer", "response", "groups", "image_sha256",
+        "new_tokens",
     ]  # fmt: skip
     assert (answer["question"], answer["options"], answer["answer"]) == (row.question, list(row.options), row.answer)
     pictures = [Path(ref.path).read_bytes() for ref in row.images]
@@ -182,7 +183,7 @@ def test_a_question_that_spells_the_placeholder_shows_no_image(model):
 def test_a_killed_run_goes_on_where_it_was(evaluate, asked, tmp_path, left):
     out = tmp_path / "out"
     evaluate(out, "--batch-size", "4")
-    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    whole = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     asked.clear()
     lines = whole["responses.jsonl"].splitlines(keepends=True)
     for name in ("responses.jsonl", "verdicts.jsonl", "scores.json", "report.md", "report.html"):
@@ -190,7 +191,7 @@ def test_a_killed_run_goes_on_where_it_was(evaluate, asked, tmp_path, left):
     (out / left).write_bytes(b"".join(lines[2:7]) + lines[7][:50])
     evaluate(out, "--batch-size", "4")
     assert sum(len(inputs["input_ids"]) for inputs in asked) == LIMIT - 5
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == whole
 
 
 def test_a_finished_run_asks_nothing_again(evaluate, asked, tmp_path):
@@ -205,14 +206,14 @@ def test_a_finished_run_asks_nothing_again(evaluate, asked, tmp_path):
 def test_another_model_or_setting_is_refused_and_nothing_is_lost(evaluate, model, tmp_path):
     out = tmp_path / "out"
     evaluate(out)
-    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    whole = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     with pytest.raises(UserError, match="another model: .*tiny.* there, .*other.* now"):
         evaluate(out, model=save_tiny_model(tmp_path / "other", seed=1))
     with pytest.raises(UserError, match="another blind: false there, true now"):
         evaluate(out, "--blind")
     with pytest.raises(UserError, match="another limit: 12 there, 13 now"):
         evaluate(out, "--limit", "13")
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == whole
 
 
 def test_the_fingerprint_tells_one_changed_weight_and_nothing_else(model, tmp_path):
@@ -241,7 +242,7 @@ def test_a_prompt_longer_than_the_model_is_refused_by_row(evaluate, model, tmp_p
     config = json.loads((short / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 100
     (short / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"row 'phantom_test_\d+' has \d+ tokens with its images, .* room for 84"):
+    with pytest.raises(UserError, match=r"row 'phantom_test_\d+' has \d+ tokens with its images, .* room for 68"):
         evaluate(tmp_path / "out", model=short)
 
 

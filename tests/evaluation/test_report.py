@@ -127,7 +127,8 @@ def hostile_result(out):
         answer["response"] = HOSTILE
     for n, answer in enumerate(answers):
         answer["id"] = f"{HOSTILE}{n}"
-    return Result(out, answers, model=HOSTILE, weights=HOSTILE, backend=HOSTILE, title=HOSTILE, note=HOSTILE, revision=HOSTILE)  # fmt: skip
+    names = dict.fromkeys(("model", "weights", "backend", "title", "note", "revision"), HOSTILE)
+    return Result(out, answers, **names)
 
 
 def test_other_peoples_text_is_never_markup_in_the_page(tmp_path):
@@ -378,7 +379,7 @@ def test_points(difference, said):
 def test_reading_and_writing_results_needs_no_torch():
     modules = ("report", "published", "pictures", "hub_results")
     code = "import sys\n" + "".join(f"import huatuo_vision.evaluation.{name}\n" for name in modules)
-    code += "sys.exit(str({'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules) or 0))"
+    code += "assert not {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120
     )
