@@ -125,7 +125,7 @@ def main() -> int:
 
     protocol = run.protocol_named(args.protocol)
     if args.benchmarks == ["help"]:
-        report.show_benchmarks(console)
+        run.show_benchmarks(console)
         return 0
     if args.out is None:
         raise UserError("--out is missing; give the folder for answers, scores and report")

@@ -15,7 +15,7 @@ COMMANDS = [
     line.split("#")[0].strip()
     for block in BLOCKS
     for line in block.splitlines()
-    if line.startswith(("accelerate launch", "python -m", "make "))
+    if line.startswith(("accelerate launch", "python -m", "python eval.py", "make "))
 ]
 
 
@@ -32,7 +32,7 @@ def test_files_and_flags_exist(command):
     for word in words:
         if word.startswith("recipes/") or word in ("train.py", "eval.py"):
             assert (ROOT / word).is_file(), word
-    program = ["-m", words[2]] if words[0] == "python" else [next(w for w in words if w in ("train.py", "eval.py"))]
+    program = ["-m", words[2]] if words[1] == "-m" else [next(w for w in words if w in ("train.py", "eval.py"))]
     after = words[words.index(program[-1]) + 1 :]
     helped = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
     for flag in (word for word in after if word.startswith("--")):

@@ -286,6 +286,8 @@ def show(scores: Mapping[str, Any], out: Path, console: Console) -> None:
     """The result on the console, and where its page is."""
     found = sections(scores)
     console.print(_overview(scores, found))
+    if (priors := _priors_table(found)) is not None:
+        console.print(priors)
     for section in found:
         for table in section.tables:
             if table.name == section.entry["macro_over"]:
@@ -316,9 +318,7 @@ def _add(table: Table, *cells: object, style: str | None = None) -> None:
 
 def _overview(scores: Mapping[str, Any], found: Sequence[Section]) -> Table:
     title = f"{scores['model']}, protocol {scores['protocol']['name']}" + (", blind" if scores["blind"] else "")
-    table = _table(
-        title, "benchmark", "n", "accuracy", "95 % interval", "macro", "unparsed", "majority", "letter", "longest"
-    )
+    table = _table(title, "benchmark", "n", "accuracy", "95 % interval", "macro", "unparsed")
     for section in found:
         entry = section.entry
         _add(
@@ -329,6 +329,22 @@ def _overview(scores: Mapping[str, Any], found: Sequence[Section]) -> Table:
             interval(entry["ci95"]),
             percent(entry["macro"]),
             entry["unparsed"],
+        )
+    return table
+
+
+def _priors_table(found: Sequence[Section]) -> Table | None:
+    """What a model reaches that looks at no picture and reads no question."""
+    with_priors = [section for section in found if section.best_prior is not None]
+    if not with_priors:
+        return None
+    table = _table(
+        "accuracy of a constant choice", "benchmark", "the majority's text", "one letter", "the longest option"
+    )
+    for section in with_priors:
+        _add(
+            table,
+            section.name,
             percent(section.majority and section.majority["accuracy"]),
             f"{section.letter[0]} {percent(section.letter[1])}" if section.letter else "–",
             percent(section.longest),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from huatuo_vision.evaluation import (
     compare,
@@ -59,6 +60,15 @@ def chosen_benchmarks(named: Sequence[str]) -> dict[str, Path | None]:
             raise UserError(f"--benchmarks {argument}: {path} does not exist; give the folder or file of its data")
         chosen |= {member: Path(path) if path else None for member in SETS.get(name, (name,))}
     return chosen
+
+
+def show_benchmarks(console: Console) -> None:
+    table = Table("name", "rows", "what", title="benchmarks")
+    for benchmark in BENCHMARKS.values():
+        table.add_row(benchmark.name, f"{benchmark.expected_n:,}", benchmark.title)
+    for name, members in SETS.items():
+        table.add_row(name, f"{sum(BENCHMARKS[member].expected_n for member in members):,}", ", ".join(members))
+    console.print(table)
 
 
 def answer(question: Question) -> bool:

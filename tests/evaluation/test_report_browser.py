@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--force-color-profile=srgb",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
 )  # fmt: skip
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"><b>bold</b>"
 PHONE, DESK = 390, 1280
@@ -56,7 +56,7 @@ def page(tmp_path_factory):
         rows = []
         for n in range(45):
             name = "first" if n < 25 else "second"
-            pictures = [at_hand.sha256] if n else [at_hand.sha256, "0" * 64]
+            pictures = [at_hand.sha256] if n else [at_hand.sha256, "__proto__"]
             row = choice(name, n, n < right, image_sha256=pictures, question=f"Question number {n}?")
             rows.append(row | ({"response": "who knows"} if n == 44 else {}))
         rows[3] |= {"question": HOSTILE, "options": [HOSTILE, "y", "z"], "groups": {"subject": HOSTILE}}
@@ -79,7 +79,8 @@ def opened(browser, page):
     yield browser
     assert browser.get_log("browser") == [], "the console has something to complain about"
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [e["params"]["request"]["url"] for e in asked if e["method"] == "Network.requestWillBeSent"]
+    sent = [event["params"] for event in asked if event["method"] == "Network.requestWillBeSent"]
+    urls = [event["request"]["url"] for event in sent if event["documentURL"] == page.as_uri()]
     assert page.as_uri() in urls, "requests are seen at all"
     assert not [url for url in urls if url != page.as_uri() and not url.startswith("data:")]
 
@@ -111,7 +112,7 @@ def said(browser) -> str:
 
 
 def test_the_page_opens_with_its_tables_and_first_answers(opened):
-    assert "Evaluation of" in opened.title and "broken" not in opened.title
+    assert opened.title == f"Evaluation of {HOSTILE}"
     assert len(opened.find_elements("css selector", ".overview tbody tr:not(.note)")) == 2
     assert "Seeing against guessing" in opened.find_element("tag name", "main").text
     assert ids(opened) == [str(n) for n in range(20)]
