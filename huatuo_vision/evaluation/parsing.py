@@ -86,6 +86,9 @@ def equal_options(options: Sequence[str]) -> set[str]:
     return {letter for letter, text in texts.items() if list(texts.values()).count(text) > 1}
 
 
+# Characters of a reply that are looked at for an option's text that must stand at one place.
+_FAR = 600
+
 # --- Letters ------------------------------------------------------------------------------------------------------
 
 _WRAPPED = r"[(\[{<\"'「『【]+\s*(?P<wrapped>[A-Za-z])\s*[)\]}>\"'」』】]+"
@@ -230,6 +233,8 @@ def _implied(text: str, choices: Choices, question: str) -> Claims:
     if refuses(text) and not any(refuses(option) for option in choices.options):
         return set()
     words = Words.of(text)
+    if all(_too_short(option) for option in choices.texts.values()):
+        return _said_letters(text, choices)
     if choices.yes_no:
         return _said_yes_or_no(words, choices) or _affirmed_or_denied(words, question, choices)
     return _texts(words, choices)
@@ -245,8 +250,6 @@ def _whole(text: str, choices: Choices) -> Claims:
         return set(same)
     if short := {letter for letter, option in choices.without_article.items() if option.words == words}:
         return set(short)
-    if choices.yes_no and len(words) == 1 and (answer := {"y": "yes", "n": "no"}.get(words[0])):
-        return {choices.yes_no[answer]}
     if only:
         return {None}
     if _ONLY_LETTERS.fullmatch(text):
@@ -307,12 +310,12 @@ def _letters_after(text: str, position: int, choices: Choices) -> Claims:
     rest = text[match.end() :]
     if re.match(r"[)\]\"']*\s*\?", rest):
         return set()
-    if match["bare"] and (_SPECIES.match(rest) or (match["bare"].islower() and re.match(r"\s+\w", rest))):
-        own = _letter_and_own_text(text[start:], choices)
-        return own or ({choices.claim(match["bare"])} if re.match(r"\s+(?:because|since)\b", rest) else set())
+    if match["bare"] and not _has_own_text(rest, _letter(match), choices):
+        if _SPECIES.match(rest) or (match["bare"].islower() and re.match(r"\s+(?!because\b|since\b)\w", rest)):
+            return set()
     if _REJECTED_AFTER.match(rest) or _REJECTED_BEFORE.search(text[:start]):
         return set()
-    prefix = _prefix(Words.of(text[start : start + 400]), choices.texts)
+    prefix = _prefix(Words.of(text[start : start + _FAR]), choices.texts)
     if match["bare"] and prefix and len(choices.texts[prefix].words) > 1:
         return set()  # "C. difficile colitis" is a text
     return {choices.claim(_letter(match))} | _further(rest, _letter(match), choices)
@@ -323,8 +326,14 @@ def _letter_and_own_text(text: str, choices: Choices) -> Claims:
     match = re.match(_ALONE, text)
     if not match or not (letter := choices.claim(match["bare"])):
         return set()
-    own = _prefix(Words.of(text[match.end() : match.end() + 400]), choices.texts) == letter
-    return {letter} if own and match["bare"].isupper() else set()
+    return {letter} if match["bare"].isupper() and _has_own_text(text[match.end() :], letter, choices) else set()
+
+
+def _has_own_text(rest: str, letter: str, choices: Choices) -> bool:
+    """Whether what follows a letter begins with its option's text, and with no longer one."""
+    own = choices.texts.get(letter.upper())
+    stated = _prefix(Words.of(rest[:_FAR]), choices.texts)
+    return own is not None and stated is not None and choices.texts[stated].words == own.words
 
 
 def _further(rest: str, letter: str, choices: Choices) -> Claims:
@@ -334,7 +343,7 @@ def _further(rest: str, letter: str, choices: Choices) -> Claims:
         if not _REJECTED_AFTER.match(rest[other.end() :]):
             claims.add(choices.claim(_letter(other)))
         return claims
-    stated = _prefix(Words.of(rest[:400]), choices.texts) or _prefix(Words.of(rest[:400]), choices.without_article)
+    stated = _prefix(Words.of(rest[:_FAR]), choices.texts) or _prefix(Words.of(rest[:_FAR]), choices.without_article)
     own = choices.texts.get(letter.upper())
     if stated and own and choices.texts[stated].words != own.words and re.match(r"[\s.:,;)(\"'\]–—-]", rest):
         claims.add(stated)
@@ -356,7 +365,7 @@ def _answer_after(text: str, position: int, choices: Choices) -> Claims:
         return _answer_after(text, turn.end(), choices) if turn else set()
     if claims := _letters_after(text, position, choices):
         return claims
-    rest = text[position : position + 600]
+    rest = text[position : position + _FAR]
     words = Words.of(rest)
     if stated := _prefix(words, choices.texts) or _prefix(words, choices.without_article):
         after = Words(words.words, (*words.gaps[:-1], "."))
@@ -391,7 +400,7 @@ _LEAD = re.compile(
     r"(?P<sign>\s*(?:[.:)\],、。]|-\s|[–—]|\n|(?=because\b|since\b|$|\(|(?:rather|instead|not|due|given|based)\b)))?",
     re.IGNORECASE,
 )
-_ENUMERATED = re.compile(r"(?:^|[.;\n])\s*[(\[]?([A-Z])(?:[)\]:]|\.(?!\s*[a-z]))|(?:^|[.;\n])\s*([A-Z])\s*(?=[.\n]|$)")
+_ENUMERATED = re.compile(r"(?:^|[.;\n])\s*[(\[]?([A-Z])(?:[)\]:]|\.(?!\s*[a-z]))|(?:^|[.;\n])\s*([A-Z])\s*(?=\.(?!\s*[a-z])|\n|$)")
 
 
 def _leading(text: str, choices: Choices) -> Claims:
@@ -406,11 +415,11 @@ def _leading(text: str, choices: Choices) -> Claims:
         article = letter in "AI" and rest[:1] == "(" and not re.match(r"\(\s*not\b", rest)
         if match["sign"] is None or article or (letter == "I" and match["sign"].strip() == ","):
             return _letter_and_own_text(text, choices)
-        prefix = _prefix(Words.of(text[:400]), choices.texts)
+        prefix = _prefix(Words.of(text[:_FAR]), choices.texts)
         if prefix and len(choices.texts[prefix].words) > 1 and choices.texts[prefix].words[0] == letter.lower():
             return set()  # "C. difficile colitis is seen"
     own = choices.texts.get(letter)
-    begins = _prefix(Words.of(rest[:400]), choices.texts)
+    begins = _prefix(Words.of(rest[:_FAR]), choices.texts)
     if match["sign"] and match["sign"].strip() == "." and begins is None and _SPECIES.match("." + rest):
         return set()
     after = text[match.end("wrapped" if match["wrapped"] else "bare") :]
@@ -422,7 +431,9 @@ def _leading(text: str, choices: Choices) -> Claims:
         claims |= _further(after, letter, choices)
         # The joining sign may have been taken for the letter's own: "A, B".
         claims |= _further(" , " + rest, letter, choices) if match["sign"] and match["sign"].strip() in (",", "、") else set()
-    return claims | _enumerated(rest, choices)
+    own_text = clean(choices.options[choices.letters.index(letter)]) if own else ""
+    stated = re.match(rf"\s*{re.escape(own_text)}", rest, re.IGNORECASE)
+    return claims | _enumerated(rest[stated.end() :] if stated else rest, choices)
 
 
 def _enumerated(rest: str, choices: Choices) -> Claims:
@@ -435,7 +446,7 @@ def _enumerated(rest: str, choices: Choices) -> Claims:
                 claims.add(letter)
     for letter, option in choices.texts.items():
         for match in re.finditer(rf"(?<![A-Za-z0-9'-])\(?{letter}[).:]\s", rest, re.IGNORECASE):
-            if option.words and _prefix(Words.of(rest[match.end() : match.end() + 400]), choices.texts) == letter:
+            if option.words and _has_own_text(rest[match.end() :], letter, choices):
                 claims.add(letter)
     return claims
 
@@ -449,7 +460,7 @@ def _trailing(text: str, choices: Choices) -> Claims:
     lead = _LEAD.match(line)
     if lead and (lead["wrapped"] or lead["sign"]) and "\n" in text:
         letter = choices.claim(_letter(lead))
-        if letter and _prefix(Words.of(line[lead.end() :]), choices.texts) == letter:
+        if letter and _has_own_text(line[lead.end() :], letter, choices):
             return {letter}
     last = None
     for last in _LAST_LETTER.finditer(text):
@@ -489,6 +500,8 @@ def _named(text: str, choices: Choices) -> Claims:
     return chosen - rejected
 
 
+_IS_CJK = re.compile(f"[{CJK}]")
+
 # --- Texts --------------------------------------------------------------------------------------------------------
 
 
@@ -516,7 +529,7 @@ def _prefix(words: Words, texts: dict[str, Words]) -> str | None:
 
 def _ends_with_text(text: str, choices: Choices) -> str | None:
     """The letter of the longest option text of several words, or of one word of several letters, that a text ends with."""
-    words = Words.of(text[-400:]).words
+    words = Words.of(text[-_FAR:]).words
     found = [
         (len(option.words), letter)
         for letter, option in choices.texts.items()
@@ -597,6 +610,7 @@ def _said(words: Words, texts: dict[str, Words]) -> list[tuple[int, int, str, bo
         for letter, option in texts.items()
         if option.words and not _too_short(option)
         for start in _spans(words, option)
+        if len(option.words) > 1 or not _IS_CJK.match(option.words[0]) or _stands_apart(words, start)
     ]
     longest = [
         (start, end, letter)
@@ -606,13 +620,33 @@ def _said(words: Words, texts: dict[str, Words]) -> list[tuple[int, int, str, bo
     return [(start, end, letter, _denied(words, start, end)) for start, end, letter in longest]
 
 
+def _stands_apart(words: Words, position: int) -> bool:
+    """Whether the Chinese character at a position is joined to no other."""
+    joined_before = position > 0 and not words.gaps[position] and _IS_CJK.match(words.words[position - 1])
+    following = words.words[position + 1] if position + 1 < len(words.words) else ""
+    return not joined_before and not (not words.gaps[position + 1] and _IS_CJK.match(following))
+
+
 def _too_short(option: Words) -> bool:
-    """Whether an option's text stands in any sentence without being meant: a letter, or one Chinese character."""
-    return len(option.words) == 1 and len(option.words[0]) == 1 and not option.words[0].isdigit()
+    """Whether an option's text is a single letter, which stands in any sentence without being meant."""
+    return len(option.words) == 1 and re.fullmatch(r"[a-z]", option.words[0]) is not None
+
+
+def _said_letters(text: str, choices: Choices) -> Claims:
+    """Of options that are letters themselves, those in a sentence that are neither article nor pronoun."""
+    texts = {option.words[0]: letter for letter, option in choices.texts.items()}
+    claims: Claims = set()
+    for match in re.finditer(rf"{_ALONE}(?:\s+(?P<next>[a-z]+))?", text):
+        small_word = match["next"] and match["next"] not in _NO_NOUNS
+        if match["bare"].isupper() and not (match["bare"] in "AI" and small_word) and not _REJECTED_BEFORE.search(text[: match.start()]):
+            claims.add(texts.get(match["bare"].lower()))
+    return claims
 
 
 # --- Yes and no -----------------------------------------------------------------------------------------------------
 
+# No noun begins with these: a "no" or "A" before them is no determiner.
+_NO_NOUNS = frozenset("in on at for from here because since as with according based by to of and but so if when".split())
 _CLAUSE_BEGINNERS = frozenset("it there this that these those the i we they he she because since its theres".split())
 
 
@@ -622,8 +656,10 @@ def _yes_or_no_at(words: Words, position: int) -> str | None:
     following = words.words[position + 1] if position + 1 < len(words.words) else ""
     if word == "yes":
         return "yes"
+    if word in ("是", "否"):
+        return _YES_NO_WORDS[word] if _stands_apart(words, position) else None
     starts = position == 0 or words.gaps[position] != ""
-    if word == "no" and (after or not following or (starts and following in (*_CLAUSE_BEGINNERS, "yes"))):
+    if word == "no" and (after or following in ("", *_NO_NOUNS) or (starts and following in (*_CLAUSE_BEGINNERS, "yes"))):
         return "no"
     return None
 
