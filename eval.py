@@ -138,6 +138,8 @@ def main() -> int:
         return 0  # another process scores
 
     scores = run.score(args.out, protocol, judge=args.judge, judge_url=args.judge_url)
+    if args.model:
+        run.add_to_card(args.model, scores)
     report.show(scores, args.out, console)
     return 0
 

@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,15 @@ from typing import Any, Literal
 
 import jinja2
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, errors
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    errors,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
@@ -36,6 +44,7 @@ CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 # What a model folder may send, at its top and in its one folder of further chat templates.
 ALLOWED = ("*.safetensors", "*.json", "*.jinja", "*.yaml", "*.txt", "*.model", "README.md")
+RESULTS_FOLDER = ".eval_results"  # where the Hub looks for a model's scores; written by eval.py
 TEMPLATES_FOLDER = "additional_chat_templates"
 # What must not even lie there: optimizer state and pickles (anyone who loads a pickle runs its author's code).
 FORBIDDEN = ("optimizer*", "scheduler*", "rng*", "trainer_state.json", "*.distcp")
@@ -248,9 +257,16 @@ def redact(text: str) -> str:
 
 
 def render_card(
-    run: Mapping[str, Any], *, recipe: str, license: str, repo_id: str, revision: str, adapter: bool
+    run: Mapping[str, Any],
+    *,
+    recipe: str,
+    license: str,
+    repo_id: str,
+    revision: str,
+    adapter: bool,
+    results: Sequence[EvalResult] = (),
 ) -> str:
-    """The model card: every fact in it stands in the run record (`recipe` is the text of recipe.yaml)."""
+    """The model card: every fact in it stands in the run record, the recipe's text, or the results of `eval.py`."""
     record = RunRecord.model_validate(run)
     from_hub = {part.id for part in record.base_models.values()}
     data_from_hub = {source.hub_id for source in record.data.values()}
@@ -262,6 +278,7 @@ def render_card(
         pipeline_tag="image-text-to-text",
         library_name="peft" if adapter else "transformers",
         tags=["medical", "llava", "huatuo-vision"],
+        **({"model_name": record.recipe, "eval_results": list(results)} if results else {}),
     )
     environment = jinja2.Environment(
         finalize=_published, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
@@ -275,6 +292,7 @@ def render_card(
         recipe=Markup(recipe.strip()),
         fence=Markup("`" * max(3, longest + 1)),
         adapter=adapter,
+        results=results,
         location=Markup(json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision != "main" else "")),
         yes_or_no={True: "yes", False: "no"},
         settings=_settings,
@@ -348,12 +366,27 @@ def _collect(folder: Path, repo_id: str, revision: str, license: str) -> dict[st
         repo_id=repo_id,
         revision=revision,
         adapter="adapter_config.json" in files,
+        results=_results(folder),
     )
     payload["run.json"] = record.model_dump_json(by_alias=True, indent=2, exclude_none=True).encode() + b"\n"
     payload["recipe.yaml"] = recipe.encode()
     payload["README.md"] = card.encode()
     _refuse_secrets(folder, payload)
     return payload
+
+
+def _results(folder: Path) -> Sequence[EvalResult]:
+    """What `eval.py` wrote into the front matter of the folder's README.md; nothing else of that file is pushed."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return ()
+    try:
+        return ModelCard.load(path).data.eval_results or ()
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(
+            f"the front matter of {path} can't be read ({' '.join(str(error).split())}); delete the file and run "
+            "eval.py again"
+        ) from None
 
 
 def _refuse_forbidden(folder: Path, files: Mapping[str, Path]) -> None:
@@ -450,6 +483,8 @@ def _own_secrets() -> list[str]:
 
 def _allowed(path: str) -> bool:
     where = PurePosixPath(path)
+    if where.parent.as_posix() == RESULTS_FOLDER:
+        return where.suffix == ".yaml"
     return where.parent.as_posix() in (".", TEMPLATES_FOLDER) and any(fnmatch(where.name, p) for p in ALLOWED)
 
 

@@ -166,7 +166,7 @@ _HEDGE = (
     r"(?:(?:most\s+|very\s+)?(?:likely|probably|possibly)|clearly|definitely|indeed|obviously|therefore|thus|simply|actually|still|either|both"
     r"|between|as\s+follows|choice|option|options|letter|answer|number|the|that|选项|應?应?该?|可能|選項|項)"
 )
-_FILL = rf"(?:[\s:=*>-]|(?:{_HEDGE})(?![A-Za-z]))*"
+_FILLING = re.compile(rf"(?:[\s:=*>-]|(?:{_HEDGE})(?![A-Za-z]))*", re.IGNORECASE)
 _ANSWER = re.compile(
     r"\b(?:answers?|ans|(?:correct|right|best|final|my|appropriate|accurate|suitable|likely|chosen|selected|preferred)\s+(?:option|choice|one|response|selection|letter|letter\s+choice)"
     r"|(?:option|choice|selection|decision|conclusion|verdict|response)(?=\s*:|\s+is\s+[(\"']?[A-Za-z][)\"']?\s*(?:$|[.,;])))\b"
@@ -178,7 +178,7 @@ _ANSWER = re.compile(
 _CHOSEN = re.compile(
     r"\b(?:choos(?:e|es|ing)|chose|chosen|pick(?:s|ed|ing)?|select(?:s|ed|ing)?|go(?:es|ing)?\s+(?:with|for)|opt(?:s|ed|ing)?\s+for|vote\s+for|settle\s+on|favou?r|prefer"
     r"|lean(?:s|ing)?\s+towards?|leaves?|leaving|(?:corresponds?|points?|refers?|equals?|matches)(?:\s+to)?(?=\s+(?:option|choice|answer)\b)|answered?\s+(?:with|is)?"
-    r"|it'?s|(?:it|that|this|which|diagnosis|finding|conclusion)\s+is|(?:must|should|would|could|may|might|has\s+to)\s+(?:also\s+)?be|(?<!everything )(?<!anything )(?<!all )but|rather|instead|believe|think|say|guess|definitely|probably|answer(?=\s+[(\"']?[A-Z][)\"']?\s*(?:$|[.\n])))\b(?!\s+(?:than|of)\b)[\s,:]*"
+    r"|it'?s|(?:it|that|this|which|diagnosis|finding|conclusion)\s+is|(?:must|should|would|could|may|might|has\s+to)\s+(?:also\s+)?be|(?<!everything )(?<!anything )(?<!all )but|rather|instead|believe|think|say|guess|definitely|probably|clearly|obviously|answer(?=\s+[(\"']?[A-Z][)\"']?\s*(?:$|[.\n])))\b(?!\s+(?:than|of)\b)[\s,:]*"
     r"|(?:=+>|-+>|→)\s*|(?:我|应该?|应当|應該?|故|所以|因此|本题|本題|只能|综上)*(?<![不可能])(?:选择?(?!项)|選擇?(?!項))|(?<![不并可否])(?:是|为|為)(?=\s*[(\"'「【]?[A-Z])",
     re.IGNORECASE,
 )
@@ -252,6 +252,11 @@ def _whole(text: str, choices: Choices) -> Claims:
         return set(short)
     if only:
         return {None}
+    lead = _LEAD.match(text)
+    if lead and choices.claim(_letter(lead)):
+        own = choices.texts[_letter(lead).upper()].words
+        if own and Words.of(text[lead.end() :]).words == own:
+            return {choices.claim(_letter(lead))}
     if _ONLY_LETTERS.fullmatch(text):
         return {choices.claim(letter) for letter in re.findall(r"\b[A-Za-z]\b", text)}
     return set()
@@ -290,7 +295,7 @@ def _marked(text: str, choices: Choices) -> Claims:
         before = text[: match.start()]
         if _ends_with_text(text[: match.end("wrapped" if match["wrapped"] else "bare")], choices):
             continue  # "hepatitis C is the answer"
-        if not _NEGATED_CLAUSE.search(_clause_before(text, match.start())) and not _REJECTED_BEFORE.search(before):
+        if not _NEGATED_CLAUSE.search(_clause_before(text, match.start())):
             other.add(choices.claim(_letter(match)))
             other |= _letters_before(before, choices)
     return final or other
@@ -302,8 +307,9 @@ _NEGATION_AHEAD = re.compile(r"\s*(?:not|n't|neither|never)\b|\s*不|\s*并非",
 
 def _letters_after(text: str, position: int, choices: Choices) -> Claims:
     """The letter chosen at a position, and the letters and text that follow it as if chosen too."""
-    fill = re.compile(_FILL, re.IGNORECASE).match(text, position)
-    start = fill.end() if fill else position
+    if _is_text_with_letters(text[position:], choices):
+        return set()
+    start = _FILLING.match(text, position).end()
     match = _ANY_LETTER.match(text, start)
     if not match:
         return _letter_and_own_text(text[start:], choices)
@@ -315,10 +321,18 @@ def _letters_after(text: str, position: int, choices: Choices) -> Claims:
             return set()
     if _REJECTED_AFTER.match(rest) or _REJECTED_BEFORE.search(text[:start]):
         return set()
-    prefix = _prefix(Words.of(text[start : start + _FAR]), choices.texts)
-    if match["bare"] and prefix and len(choices.texts[prefix].words) > 1:
-        return set()  # "C. difficile colitis" is a text
+    if match["bare"] and _is_text_with_letters(text[start:], choices):
+        return set()
     return {choices.claim(_letter(match))} | _further(rest, _letter(match), choices)
+
+
+def _is_text_with_letters(text: str, choices: Choices) -> bool:
+    """Whether letters at the beginning belong to an option's text: "C. difficile colitis", "both A and B"."""
+    stated = _prefix(Words.of(text[:_FAR]), choices.texts)
+    if stated is None:
+        return False
+    words = choices.texts[stated].words
+    return len(words) > 1 or (len(words[0]) == 1 and words[0].isalpha() and choices.claim(words[0]) is None)
 
 
 def _letter_and_own_text(text: str, choices: Choices) -> Claims:
@@ -345,6 +359,8 @@ def _further(rest: str, letter: str, choices: Choices) -> Claims:
         return claims
     stated = _prefix(Words.of(rest[:_FAR]), choices.texts) or _prefix(Words.of(rest[:_FAR]), choices.without_article)
     own = choices.texts.get(letter.upper())
+    if stated and _denied(Words.of(rest[:_FAR]), 0, len(choices.texts[stated].words)):
+        return claims
     if stated and own and choices.texts[stated].words != own.words and re.match(r"[\s.:,;)(\"'\]–—-]", rest):
         claims.add(stated)
     return claims
@@ -415,9 +431,8 @@ def _leading(text: str, choices: Choices) -> Claims:
         article = letter in "AI" and rest[:1] == "(" and not re.match(r"\(\s*not\b", rest)
         if match["sign"] is None or article or (letter == "I" and match["sign"].strip() == ","):
             return _letter_and_own_text(text, choices)
-        prefix = _prefix(Words.of(text[:_FAR]), choices.texts)
-        if prefix and len(choices.texts[prefix].words) > 1 and choices.texts[prefix].words[0] == letter.lower():
-            return set()  # "C. difficile colitis is seen"
+        if _is_text_with_letters(text, choices):
+            return set()
     own = choices.texts.get(letter)
     begins = _prefix(Words.of(rest[:_FAR]), choices.texts)
     if match["sign"] and match["sign"].strip() == "." and begins is None and _SPECIES.match("." + rest):
@@ -638,7 +653,8 @@ def _said_letters(text: str, choices: Choices) -> Claims:
     claims: Claims = set()
     for match in re.finditer(rf"{_ALONE}(?:\s+(?P<next>[a-z]+))?", text):
         small_word = match["next"] and match["next"] not in _NO_NOUNS
-        if match["bare"].isupper() and not (match["bare"] in "AI" and small_word) and not _REJECTED_BEFORE.search(text[: match.start()]):
+        rejected = _REJECTED_BEFORE.search(text[: match.start()]) or _REJECTED_AFTER.match(text[match.end("bare") :])
+        if match["bare"].isupper() and not (match["bare"] in "AI" and small_word) and not rejected:
             claims.add(texts.get(match["bare"].lower()))
     return claims
 

@@ -203,9 +203,15 @@ def score(out: Path, protocol: Protocol, *, judge: str | None = None, judge_url:
     responses.write_whole(out / compare.VERDICTS_FILE, responses.json_lines([_verdict_line(v) for v in verdicts]))
     responses.write_whole(out / compare.SCORES_FILE, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     report.write_reports(out, result, answers, verdicts)
-    hub_results.write_results(out, result)
     _write_submissions(out, answers, verdicts)
     return result
+
+
+def add_to_card(model: str, result: Mapping[str, Any]) -> None:
+    """Scores that may be compared go into the card of the model folder that they are of, to be pushed with it."""
+    folder = Path(model)
+    if result["weights"] is not None and (folder / "run.json").is_file():
+        hub_results.write_results(folder, result)
 
 
 def _facts(name: str, header: responses.Header, protocol: Protocol) -> scores.BenchmarkFacts:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from tests.fake_hub import FakeHub
 
@@ -214,6 +215,25 @@ def test_exactly_a_model_s_files_go_up(hub: FakeHub, client: Client, folder: Pat
     assert b"stays here" not in pushed["README.md"]
     for name in (b"notes.log", b".DS_Store", b"modeling_llava.py", b"checkpoint-5"):
         assert not any(name in request.body or name in request.path.encode() for request in hub.requests)
+
+
+def test_scores_go_up_with_the_model_and_into_its_card(hub: FakeHub, client: Client, light: Path) -> None:
+    (light / ".eval_results").mkdir()
+    (light / ".eval_results" / "huatuo-slake.yaml").write_text("- value: 0.5\n")
+    (light / ".eval_results" / "secret.txt").write_text("not pushed")
+    scored = EvalResult(
+        task_type="visual-question-answering", dataset_type="org/set", dataset_name="SLAKE", metric_type="accuracy",
+        metric_name="accuracy (micro)", metric_value=0.5, metric_args={"protocol": "default", "protocol_hash": "ab12"},
+    )  # fmt: skip
+    card = ModelCardData(model_name="anything", eval_results=[scored])
+    (light / "README.md").write_text(f"---\n{card.to_yaml()}\n---\nnot pushed either\n")
+    client.push(folder=str(light), repo_id="org/scored", **PRIVATE)
+    assert ".eval_results/huatuo-slake.yaml" in hub.files("org/scored")
+    assert ".eval_results/secret.txt" not in hub.files("org/scored")
+    data, text = card_of(hub, "org/scored")
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
+    assert "| SLAKE | accuracy (micro) | 0.5 | default ab12 |" in text
+    assert "not pushed either" not in text and "no evaluation scores" not in text
 
 
 def test_local_paths_and_host_names_stay_here(hub: FakeHub, client: Client, folder: Path) -> None:
