@@ -1009,9 +1009,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if made:
         text = f"{arguments.out}: {arguments.train} training records and {arguments.test} test questions made."
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
+        # On stdout: of no interest to whoever only needs the data to be there.
         text = f"{arguments.out} already holds this data set; nothing to do."
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -143,7 +143,10 @@ def _scorer(tokenize: str) -> BLEU:
 
 def _bleu(reply: str, gold: str) -> float:
     tokenize = "zh" if re.search(f"[{CJK}]", gold) else "13a"
-    return _scorer(tokenize).sentence_score(reply, [gold]).score / 100 if reply.strip() and gold.strip() else 0.0
+    if not reply.strip() or not gold.strip():
+        return 0.0
+    # An exact match comes out a rounding error above 100.
+    return min(1.0, _scorer(tokenize).sentence_score(reply, [gold]).score / 100)
 
 
 def accepted_strings(answer: str | Sequence[str]) -> tuple[str, ...]:

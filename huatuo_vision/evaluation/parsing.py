@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -122,7 +122,7 @@ def _letter(match: re.Match[str]) -> str:
 _LISTED = r"(?:[(\[\"']?[A-Z][)\]\"']?\s*(?:,|/|\bor\b|\band\b|\bnor\b|、|和|与)\s*(?:and\s+|or\s+)?)*"
 _REJECTED_BEFORE = re.compile(
     r"(?:\bnot|n't|\brul(?:e[sd]?|ing)\s+out|\bexclud\w*|\beliminat\w*|\breject\w*|\b(?:rather|other|likely)\s+than"
-    r"|\binstead\s+of|\bunlike|\bexcept(?:\s+for)?|\bneither|\bnor|\bwrong|\bincorrect|\bavoid|不是|并非|不能?选|不应选|排除|而非|除了?|不为)"
+    r"|\binstead\s+of|\bunlike|\bexcept(?:\s+for)?|\b(?:anything|everything|all)\s+but|\bneither|\bnor|\bwrong|\bincorrect|\bavoid|不是|并非|不能?选|不应选|排除|而非|除了?|不为)"
     r"\s*(?:\b(?:an?|the|be|to|option|options|choice|choices|answer|answers|either|both|likely)\b|选项|[:(\[\"'\s])*" + _LISTED + r"[(\[\"'\s]*$",
     re.IGNORECASE,
 )
@@ -179,7 +179,7 @@ _CHOSEN = re.compile(
     r"\b(?:choos(?:e|es|ing)|chose|chosen|pick(?:s|ed|ing)?|select(?:s|ed|ing)?|go(?:es|ing)?\s+(?:with|for)|opt(?:s|ed|ing)?\s+for|vote\s+for|settle\s+on|favou?r|prefer"
     r"|lean(?:s|ing)?\s+towards?|leaves?|leaving|(?:corresponds?|points?|refers?|equals?|matches)(?:\s+to)?(?=\s+(?:option|choice|answer)\b)|answered?\s+(?:with|is)?"
     r"|it'?s|(?:it|that|this|which|diagnosis|finding|conclusion)\s+is|(?:must|should|would|could|may|might|has\s+to)\s+(?:also\s+)?be|(?<!everything )(?<!anything )(?<!all )but|rather|instead|believe|think|say|guess|definitely|probably|clearly|obviously|answer(?=\s+[(\"']?[A-Z][)\"']?\s*(?:$|[.\n])))\b(?!\s+(?:than|of)\b)[\s,:]*"
-    r"|(?:=+>|-+>|→)\s*|(?:我|应该?|应当|應該?|故|所以|因此|本题|本題|只能|综上)*(?<![不可能])(?:选择?(?!项)|選擇?(?!項))|(?<![不并可否])(?:是|为|為)(?=\s*[(\"'「【]?[A-Z])",
+    r"|(?:=+>|-+>|→)\s*|(?:我|应该?|应当|應該?|故|所以|因此|本题|本題|只能|综上)*(?<![不可能])(?:选择?(?!项)|選擇?(?!項))|(?<![不并可否还])(?:是|为|為)(?=\s*[(\"'「【]?[A-Z])",
     re.IGNORECASE,
 )
 _CONCLUDED = re.compile(
@@ -191,7 +191,7 @@ _CONCLUDING = re.compile(
 )
 _IS_RIGHT = re.compile(
     rf"(?:{_WRAPPED}|{_ALONE})\s*(?:(?:{_BE}|remains|seems|appears|looks|fits|matches)\s+(?:(?:the|to|be|clearly|definitely|most|more|only|likely|probably|indeed|therefore|thus|single|one|our|my)\s+)*"
-    r"(?:correct|right|best|accurate|appropriate|true|answer|choice|option|suitable)\b|[:-]\s*(?:correct|right|true)\b|(?:选?项)?(?:是|为|為)?(?:最)?(?:正确|正確|对的|合适|合適))",
+    r"(?:correct|right|best|accurate|appropriate|true|answer|choice|option|suitable)\b|is\s*(?:\.\s|\.?$)|[:-]\s*(?:correct|right|true)\b|(?:选?项)?(?:是|为|為)?(?:最)?(?:正确|正確|对的|合适|合適))",
     re.IGNORECASE,
 )
 _TAKEN_BACK = re.compile(
@@ -228,9 +228,12 @@ def _stated(text: str, choices: Choices) -> Claims:
     )
 
 
+_QUESTION = re.compile(r"[吗呢][?。\s]*$")
+
+
 def _implied(text: str, choices: Choices, question: str) -> Claims:
     """What the reply shows of its answer by the words it uses."""
-    if refuses(text) and not any(refuses(option) for option in choices.options):
+    if _QUESTION.search(text) or (refuses(text) and not any(refuses(option) for option in choices.options)):
         return set()
     words = Words.of(text)
     if all(_too_short(option) for option in choices.texts.values()):
@@ -305,6 +308,9 @@ _ANY_LETTER = re.compile(_LETTER)
 _NEGATION_AHEAD = re.compile(r"\s*(?:not|n't|neither|never)\b|\s*不|\s*并非", re.IGNORECASE)
 
 
+_ASKED = re.compile(r"[)\]\"']*\s*(?:\?|吗|呢)")
+
+
 def _letters_after(text: str, position: int, choices: Choices) -> Claims:
     """The letter chosen at a position, and the letters and text that follow it as if chosen too."""
     if _is_text_with_letters(text[position:], choices):
@@ -314,12 +320,12 @@ def _letters_after(text: str, position: int, choices: Choices) -> Claims:
     if not match:
         return _letter_and_own_text(text[start:], choices)
     rest = text[match.end() :]
-    if re.match(r"[)\]\"']*\s*\?", rest):
+    if _ASKED.match(rest):
         return set()
     if match["bare"] and not _has_own_text(rest, _letter(match), choices):
         if _SPECIES.match(rest) or (match["bare"].islower() and re.match(r"\s+(?!because\b|since\b)\w", rest)):
             return set()
-    if _REJECTED_AFTER.match(rest) or _REJECTED_BEFORE.search(text[:start]):
+    if _rejected_after(rest, _letter(match), choices) or _REJECTED_BEFORE.search(text[:start]):
         return set()
     if match["bare"] and _is_text_with_letters(text[start:], choices):
         return set()
@@ -341,6 +347,11 @@ def _letter_and_own_text(text: str, choices: Choices) -> Claims:
     if not match or not (letter := choices.claim(match["bare"])):
         return set()
     return {letter} if match["bare"].isupper() and _has_own_text(text[match.end() :], letter, choices) else set()
+
+
+def _rejected_after(rest: str, letter: str, choices: Choices) -> bool:
+    """Whether what follows a letter rejects it; an option's text may itself begin with "cannot"."""
+    return _REJECTED_AFTER.match(rest) is not None and not _has_own_text(rest, letter, choices)
 
 
 def _has_own_text(rest: str, letter: str, choices: Choices) -> bool:
@@ -369,7 +380,9 @@ def _further(rest: str, letter: str, choices: Choices) -> Claims:
 def _letters_before(before: str, choices: Choices) -> Claims:
     """The letter joined to the one that follows: "A and" before "B are right"."""
     match = re.search(rf"(?:{_WRAPPED}|{_ALONE})\s*(?:,|/|\band\b|\bor\b|和|与|、)\s*(?:option\s+)?[(\[\"']?$", before)
-    return {choices.claim(_letter(match))} if match else set()
+    if not match or _REJECTED_BEFORE.search(before[: match.start()]):
+        return set()
+    return {choices.claim(_letter(match))}
 
 
 def _answer_after(text: str, position: int, choices: Choices) -> Claims:
@@ -385,7 +398,9 @@ def _answer_after(text: str, position: int, choices: Choices) -> Claims:
     words = Words.of(rest)
     if stated := _prefix(words, choices.texts) or _prefix(words, choices.without_article):
         after = Words(words.words, (*words.gaps[:-1], "."))
-        return _same_text(stated, choices) | (_texts(_first_sentence(after, choices, stated), choices) or set())
+        sentence = _first_sentence(after, choices, stated)
+        said = _said_yes_or_no(sentence, choices) if choices.yes_no else _texts(sentence, choices)
+        return _same_text(stated, choices) | said
     if choices.yes_no:
         return _said_yes_or_no(_first_sentence(words, choices, None), choices)
     if re.match(r"\s*[A-Za-z]\s*[.)]?\s*$", rest):
@@ -396,10 +411,16 @@ def _answer_after(text: str, position: int, choices: Choices) -> Claims:
 
 
 def _first_sentence(words: Words, choices: Choices, beginning: str | None) -> Words:
-    """The words up to the first end of a sentence that is not inside the option they begin with."""
+    """The words up to the first end of a sentence that is not inside an option's text."""
     start = len(choices.texts[beginning].words) if beginning else 1
+    inside = {
+        position
+        for option in choices.texts.values()
+        for begin in _spans(words, option)
+        for position in range(begin + 1, begin + len(option.words))
+    }
     for position in range(start, len(words.words)):
-        if words.gaps[position] in STOPS:
+        if words.gaps[position] in STOPS and position not in inside:
             return Words(words.words[:position], (*words.gaps[:position], "."))
     return words
 
@@ -439,7 +460,7 @@ def _leading(text: str, choices: Choices) -> Claims:
         return set()
     after = text[match.end("wrapped" if match["wrapped"] else "bare") :]
     answerer = match["sign"] and match["sign"].strip() == ":" and refuses(rest.splitlines()[0] if rest else "")
-    if _REJECTED_AFTER.match(after) or answerer:  # "A: I do not know"
+    if _rejected_after(after, letter, choices) or answerer:  # "A: I do not know"
         return set()
     claims: Claims = {choices.claim(letter)}
     if not (begins and own and choices.texts[begins].words == own.words):
@@ -504,9 +525,9 @@ def _named(text: str, choices: Choices) -> Claims:
         group, letter = next((group, match[group]) for group in ("wrapped", "bare", "own", "cjk") if match[group])
         claim = choices.claim(letter)
         before, after = text[: match.start(group)], text[match.end(group) :]
-        if claim is None or re.match(r"[)\]\"']*\?", after) or _NOUN_BEFORE.search(text[: match.start()]) or (letter.islower() and group == "bare"):
+        if claim is None or _ASKED.match(after) or _NOUN_BEFORE.search(text[: match.start()]) or (letter.islower() and group == "bare"):
             continue
-        if _REJECTED_BEFORE.search(before) or _REJECTED_AFTER.match(after):
+        if _REJECTED_BEFORE.search(before) or _rejected_after(after, letter, choices):
             rejected.add(claim)
         else:
             chosen |= {claim} | _further(after, letter, choices)
@@ -532,11 +553,14 @@ def _spans(words: Words, option: Words) -> Iterator[int]:
 
 def _prefix(words: Words, texts: dict[str, Words]) -> str | None:
     """The letter of the longest option text (the first of equal ones) that a text begins with, "the" apart."""
+    if not words.words:
+        return None
     skip = 1 if words.words[:1] == ("the",) else 0
     found = [
         (len(option.words), letter)
         for letter, option in texts.items()
         if option.words
+        and not (_IS_CJK.fullmatch("".join(option.words)) and not _stands_apart(words, 0))
         and (words.words[: len(option.words)] == option.words or words.words[skip : skip + len(option.words)] == option.words)
     ]
     return max(found, key=lambda pair: pair[0])[1] if found else None
@@ -574,8 +598,11 @@ _DENIED_BEFORE_CJK = re.compile(r"(?:不是|不存在|不支持|没有|沒有|�
 _DENIED_AFTER_CJK = re.compile(r"(?:的?可能性(?:较|很)?小|是?不对|不正确|是?错|不是|不符|被排除|可以?排除|不成立|不支持|除外)")
 
 
-def _denied(words: Words, start: int, end: int) -> bool:
-    """Whether the words from start to end are said not to be: "no evidence of ...", "... is ruled out"."""
+def _denied(words: Words, start: int, end: int, inside: Collection[int] = ()) -> bool:
+    """Whether the words from start to end are said not to be: "no evidence of ...", "... is ruled out".
+
+    Words `inside` option texts do not negate what follows: "no fracture or fracture".
+    """
     sentence_end = next(gap for gap in words.gaps[end:] if gap in STOPS)
     if sentence_end == "?":
         return True
@@ -588,6 +615,8 @@ def _denied(words: Words, start: int, end: int) -> bool:
     for position in range(start - 1, -1, -1):
         if words.gaps[position + 1] in STOPS:
             return False
+        if position in inside:
+            continue
         word = words.words[position]
         following = words.words[position + 1]
         if word in _NEGATORS or (word, following) in _PAIRS:
@@ -632,7 +661,8 @@ def _said(words: Words, texts: dict[str, Words]) -> list[tuple[int, int, str, bo
         for start, end, letter in spans
         if not any(s <= start and end <= e and e - s > end - start for s, e, _ in spans)
     ]
-    return [(start, end, letter, _denied(words, start, end)) for start, end, letter in longest]
+    inside = {position for start, end, _ in longest for position in range(start, end)}
+    return [(start, end, letter, _denied(words, start, end, inside)) for start, end, letter in longest]
 
 
 def _stands_apart(words: Words, position: int) -> bool:
@@ -653,7 +683,13 @@ def _said_letters(text: str, choices: Choices) -> Claims:
     claims: Claims = set()
     for match in re.finditer(rf"{_ALONE}(?:\s+(?P<next>[a-z]+))?", text):
         small_word = match["next"] and match["next"] not in _NO_NOUNS
-        rejected = _REJECTED_BEFORE.search(text[: match.start()]) or _REJECTED_AFTER.match(text[match.end("bare") :])
+        rest = text[match.end("bare") :]
+        rejected = (
+            _REJECTED_BEFORE.search(text[: match.start()])
+            or _REJECTED_AFTER.match(rest)
+            or re.match(r"[^.!\n]*\?", rest)
+            or _NEGATED_CLAUSE.search(_clause_before(text, match.start()))
+        )
         if match["bare"].isupper() and not (match["bare"] in "AI" and small_word) and not rejected:
             claims.add(texts.get(match["bare"].lower()))
     return claims
@@ -662,7 +698,7 @@ def _said_letters(text: str, choices: Choices) -> Claims:
 # --- Yes and no -----------------------------------------------------------------------------------------------------
 
 # No noun begins with these: a "no" or "A" before them is no determiner.
-_NO_NOUNS = frozenset("in on at for from here because since as with according based by to of and but so if when".split())
+_NO_NOUNS = frozenset("in on at for from here because since as with according based by to of and or nor but so if when is are was were than".split())
 _CLAUSE_BEGINNERS = frozenset("it there this that these those the i we they he she because since its theres".split())
 
 
@@ -673,7 +709,7 @@ def _yes_or_no_at(words: Words, position: int) -> str | None:
     if word == "yes":
         return "yes"
     if word in ("是", "否"):
-        return _YES_NO_WORDS[word] if _stands_apart(words, position) else None
+        return _YES_NO_WORDS[word] if _stands_apart(words, position) and (position == 0 or words.gaps[position]) else None
     starts = position == 0 or words.gaps[position] != ""
     if word == "no" and (after or following in ("", *_NO_NOUNS) or (starts and following in (*_CLAUSE_BEGINNERS, "yes"))):
         return "no"

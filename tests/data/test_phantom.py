@@ -286,7 +286,7 @@ def test_there_already(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     arguments = ["--out", str(folder), "--train", str(TRAIN), "--test", str(TEST), "--seed", str(SEED)]
     assert phantom.main(arguments) == 0
-    assert "already" in capsys.readouterr().err
+    assert "already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
