@@ -397,7 +397,7 @@ def make_test_record(seed: int, index: int) -> Record:
 
 Array = np.ndarray
 
-SMALL_RADIUS, LARGE_RADIUS = 0.14, 0.21
+SMALL_RADIUS, LARGE_RADIUS = 0.12, 0.22
 _EDGE = 0.05  # the width of a soft edge, about a pixel and a half of 64
 
 

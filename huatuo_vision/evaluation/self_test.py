@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from huatuo_vision.evaluation.parsing import equal_options
+from huatuo_vision.evaluation.choices import equal_options
 from huatuo_vision.evaluation.protocols import PROTOCOLS, Protocol
 from huatuo_vision.evaluation.rows import HIDDEN
 from huatuo_vision.evaluation.scorers import judge

@@ -8,42 +8,77 @@ from dataclasses import dataclass
 
 CJK = "\u3400-\u9fff\uf900-\ufaff"
 
+
+def any_of(*alternatives: str) -> str:
+    """The pattern of one of several patterns."""
+    return f"(?:{'|'.join(alternatives)})"
+
+
 _SPECIAL_TOKENS = re.compile(
-    r"<\|[^|<>]{1,40}\|>|</?s>|<(?:pad|unk|bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]|[\u200b-\u200f\u2060\ufeff\u00ad]"
+    any_of(
+        r"<\|[^|<>]{1,40}\|>",
+        r"</?s>",
+        r"<(?:pad|unk|bos|eos|start_of_turn|end_of_turn)>",
+        r"\[/?INST\]",
+        "[\u200b-\u200f\u2060\ufeff\u00ad]",  # zero-width signs and soft hyphens
+    )
 )
 _THOUGHT = re.compile(r".*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_HTML = re.compile(r"</?(?:em|strong|span|div|code|think(?:ing)?)>|<br\s*/?>|<(?P<tag>[biup])>(?=.*</(?P=tag)>)|</[biup]>", re.IGNORECASE)
+_HTML = re.compile(
+    any_of(
+        r"</?(?:em|strong|span|div|code|think(?:ing)?)>",
+        r"<br\s*/?>",
+        r"<(?P<tag>[biup])>(?=.*</(?P=tag)>)",  # only in pairs: "<B>" is an answer
+        r"</[biup]>",
+    ),
+    re.IGNORECASE,
+)
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mathsf|bf|rm)\s*\{([^{}]*)\}")
 _LATEX_SIGNS = re.compile(r"\\[()\[\],;! ]|\$")
-_MARKDOWN = re.compile(r"\*+(?=\S)|(?<=\S)\*+|`+|(?<!\w)_+|_+(?!\w)|^[ \t]*(?:#+|[-*•]|>(?![ \t]*\d))[ \t]+", re.MULTILINE)
+_MARKDOWN = re.compile(
+    any_of(r"\*+(?=\S)", r"(?<=\S)\*+", "`+", r"(?<!\w)_+", r"_+(?!\w)", r"^[ \t]*(?:#+|[-*•]|>(?![ \t]*\d))[ \t]+"),
+    re.MULTILINE,
+)
 _EMPHATIC_NO = re.compile(r"\b(?:no|without(?: an?y?)?) (?:doubt|question)\b|\bnot only\b", re.IGNORECASE)
+_PLAIN_QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "−": "-"})
 
 
 def clean(text: str) -> str:
     """One spelling of signs (NFKC), without special tokens, thoughts, HTML, LaTeX and Markdown."""
-    text = unicodedata.normalize("NFKC", _SPECIAL_TOKENS.sub("", text)).replace("’", "'").replace("−", "-")
-    text = _THOUGHT.sub("", text).replace("“", '"').replace("”", '"').replace("‘", "'")
-    text = _LATEX_SIGNS.sub(" ", _LATEX_TEXT.sub(r"\1", _HTML.sub(" ", text)))
+    text = unicodedata.normalize("NFKC", _SPECIAL_TOKENS.sub("", text)).translate(_PLAIN_QUOTES)
+    text = _HTML.sub(" ", _THOUGHT.sub("", text))
+    text = _LATEX_SIGNS.sub(" ", _LATEX_TEXT.sub(r"\1", text))
     return _EMPHATIC_NO.sub(" ", _MARKDOWN.sub("", text)).strip()
 
 
-# Signs that make a value another one are words of their own: "<5", "10 %", "ER-".
+_OTHER_SCRIPT = rf"(?:(?![{CJK}])[^\W_])+"
 _WORD = re.compile(
-    rf"[{CJK}]|(?<![\w.])[-+]?(?:\d+(?:[.,]\d+)*|\.\d+)|(?<=\w)\+|(?<=\w)-(?!\w)|[<>≤≥=±%°^×↑↓]"
-    rf"|(?:(?![{CJK}])[^\W_])+(?:'(?:(?![{CJK}])[^\W_])+)*"
+    any_of(
+        f"[{CJK}]",  # every Chinese character is a word
+        r"(?<![\w.])[-+]?(?:\d+(?:[.,]\d+)*|\.\d+)",
+        r"(?<=\w)\+|(?<=\w)-(?!\w)|[<>≤≥=±%°^×↑↓]",  # signs that make a value another one: "<5", "10 %", "ER-"
+        rf"{_OTHER_SCRIPT}(?:'{_OTHER_SCRIPT})*",
+    )
 )
-STOPS = frozenset(".?")
+_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？;；\n]")
 _CLAUSE_END = re.compile(r"[,:、()/\[\]\"—–]|\s-\s")
-_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+
+# Gaps between words: those that end a sentence, and those that end at least a clause.
+STOPS = frozenset(".?")
+BREAKS = frozenset(".?,/")
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """The words of a text, casefolded, and what stands before each: "." and "?" end a sentence, "," a clause, "/" joins."""
+    """The words of a text, casefolded and without apostrophes, and the gap before each.
+
+    A gap is "." or "?" at the end of a sentence, "," of a clause, "/", " ", or "" between joined words. There is one
+    more gap than words: the last is what follows the last word.
+    """
 
     words: tuple[str, ...]
-    gaps: tuple[str, ...]  # one more than words: the last is what follows the last word
+    gaps: tuple[str, ...]
 
     @classmethod
     def of(cls, text: str) -> Words:
@@ -51,23 +86,25 @@ class Words:
         for match in _WORD.finditer(text):
             word = match[0].casefold().replace("'", "")
             words.append(word.replace(",", "") if _GROUPED.fullmatch(word) else word)
-            gaps.append(_gap(text[end : match.end()], match.start() - end))
+            gaps.append(_gap(text, end, match.start()))
             end = match.end()
-        gaps.append(_gap(text[end:] + "\n", len(text)))
+        text += "\n"
+        gaps.append(_gap(text, end, len(text)))
         return cls(tuple(words), tuple(gaps))
 
-    @property
-    def joined(self) -> str:
-        """The words with spaces between, and the slash of "yes/ no"."""
-        return " ".join(word + ("/" if gap == "/" else "") for word, gap in zip(self.words, self.gaps[1:], strict=True))
+    def first(self, count: int) -> Words:
+        """The first words, as a sentence of their own."""
+        return Words(self.words[:count], (*self.gaps[:count], "."))
 
 
-def _gap(text: str, length: int) -> str:
-    if end := _SENTENCE_END.search(text[: length + 1], 0, length):
-        return "?" if end[0] in "?？" else "."
-    if text[:length] == "/":
-        return "/"
-    return "," if _CLAUSE_END.search(text, 0, length) else ""
+def _gap(text: str, begin: int, end: int) -> str:
+    between = text[begin:end]
+    # With the sign that follows: a full stop before a word is none ("E.coli").
+    if stop := _SENTENCE_END.search(text[begin : end + 1], 0, end - begin):
+        return "?" if stop[0] == "?" else "."
+    if _CLAUSE_END.search(between):
+        return "/" if between == "/" else ","
+    return " " if between else ""
 
 
 ARTICLES = ("a", "an", "the")
@@ -79,11 +116,25 @@ def normal(text: str) -> str:
     return " ".join([word for word in words if word not in ARTICLES] or words)
 
 
+_UNABLE = any_of(
+    *("cannot", "can't", "could not", "couldn't", "unable to", "not able to", "can not"),
+    *("impossible to", "not possible to", "difficult to", "hard to"),
+)
+_ANSWERING = any_of(
+    *("determined?", "answer(?:ed)?", "say", "said", "tell", "told", "identif(?:y|ied)", "provide", r"diagnos\w+"),
+    *("see", "view", "assist", "help", "concluded?", "assess(?:ed)?", "interpret(?:ed)?", "analy[sz]ed?", "make", "give"),
+    *("confirm(?:ed)?", "choose", "decided?", "judged?", "know"),
+)
 _REFUSAL = re.compile(
-    r"\b(?:cannot|can't|can\s+not|could\s+not|couldn't|unable\s+to|not\s+able\s+to|impossible\s+to|difficult\s+to|hard\s+to|not\s+possible\s+to)\s+(?:\w+\s+){0,3}?"
-    r"(?:determined?|answer(?:ed)?|say|said|tell|told|identif(?:y|ied)|provide|diagnos\w+|see|view|assist|help|concluded?|assess(?:ed)?|interpret|analy[sz]e|make|give|confirm|choose|decide|judge|know)\b"
-    r"|\bas an ai\b|\bi(?:'m| am) (?:sorry|unable|not (?:sure|certain|able))|\bi apologi[sz]e|\b(?:do not|don't|doesn't) (?:know|have enough)|\bno idea\b|\b(?:insufficient|not enough) (?:information|data|evidence|context)"
-    r"|\bi (?:must )?(?:decline|refuse)\b|无法|不能(?:确定|判断|回答)|抱歉|对不起|不知道|不确定|不清楚",
+    any_of(
+        rf"\b{_UNABLE}\s+(?:\w+\s+){{0,3}}?{_ANSWERING}\b",
+        r"\bas an ai\b",
+        r"\bi(?:'m| am) (?:sorry|unable|not (?:sure|certain|able))",
+        r"\bi apologi[sz]e|\bi (?:must )?(?:decline|refuse)\b",
+        r"\b(?:do not|don't|doesn't) (?:know|have enough)|\bno idea\b",
+        r"\b(?:insufficient|not enough) (?:information|data|evidence|context)",
+        "无法|不能(?:确定|判断|回答)|抱歉|对不起|不知道|不确定|不清楚",
+    ),
     re.IGNORECASE,
 )
 
