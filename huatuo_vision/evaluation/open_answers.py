@@ -151,5 +151,3 @@ def _bleu(reply: str, gold: str) -> float:
 
 def accepted_strings(answer: str | Sequence[str]) -> tuple[str, ...]:
     return (answer,) if isinstance(answer, str) else tuple(answer)
-
-

@@ -74,7 +74,7 @@ _CLAUSE_ENDS = (
 _CHOSEN_LETTER = re.compile(rf"(?:{_WRAPPED}|{_BARE}{_CLAUSE_ENDS})")
 _JOINED = any_of("[,/&+、|]", r"\bor\b", r"\band\b", r"\bas well as\b", "或者?", "和", "与", "及", "还是")
 _OTHER_LETTER = re.compile(
-    rf"\s*[)\]]?\s*{_JOINED}\s*(?:(?:and|or|maybe|perhaps|possibly|also|both|either)\s+)*(?:(?i:option|choice)\s+)?"
+    rf"\s*{_CLOSE}*\s*{_JOINED}\s*(?:(?:and|or|maybe|perhaps|possibly|also|both|either)\s+)*(?:(?i:option|choice)\s+)?"
     rf"(?:{_WRAPPED}|(?<![A-Za-z0-9'-])(?P<bare>[A-Z])(?![A-Za-z0-9]|'\w|-\w|\s+[a-z]))"
 )
 _LETTER_BEFORE = re.compile(rf"{_ANY_LETTER}\s*(?:,|/|\band\b|\bor\b|和|与|、)\s*(?:option\s+)?[(\[\"']?$")
@@ -117,7 +117,17 @@ _REJECTED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _FALSE = any_of(
-    *("wrong", "incorrect", "false", "unlikely", r"less\s+likely", r"ruled\s+out", "excluded", "eliminated", "rejected"),
+    *(
+        "wrong",
+        "incorrect",
+        "false",
+        "unlikely",
+        r"less\s+likely",
+        r"ruled\s+out",
+        "excluded",
+        "eliminated",
+        "rejected",
+    ),
     *("implausible", "inconsistent", "irrelevant", r"out\b"),
 )
 _AUXILIARY = any_of(
@@ -163,7 +173,7 @@ _ONLY_LETTER = re.compile(
     rf"(?:{_CLOSE}|[\s.:,;!?。、])*",
     re.IGNORECASE,
 )
-_ONLY_LETTERS = re.compile(r"[\W_]*[A-Za-z](?:(?:[\s,;/&+.、|()\[\]]|\band\b|\bor\b)+[A-Za-z])+[\W_]*")
+_ONLY_LETTERS = re.compile(r"[\W_]*[A-Za-z](?:(?:[\W_]|\band\b|\bor\b)+[A-Za-z])+[\W_]*")
 
 
 def _whole(text: str, choices: Choices) -> Claims:
@@ -250,13 +260,28 @@ _ANSWER = re.compile(
 _CHOOSING = re.compile(
     r"\b"
     + any_of(
-        *("choos(?:e|es|ing)", "chose", "chosen", "pick(?:s|ed|ing)?", "select(?:s|ed|ing)?", r"go(?:es|ing)?\s+(?:with|for)"),
+        *(
+            "choos(?:e|es|ing)",
+            "chose",
+            "chosen",
+            "pick(?:s|ed|ing)?",
+            "select(?:s|ed|ing)?",
+            r"go(?:es|ing)?\s+(?:with|for)",
+        ),
         *(r"opt(?:s|ed|ing)?\s+for", r"vote\s+for", r"settle\s+on", "favou?r", "prefer", r"lean(?:s|ing)?\s+towards?"),
         *("leaves?", "leaving", r"answered?\s+(?:with|is)?", "believe", "think", "say", "guess"),
         r"(?:corresponds?|points?|refers?|equals?|matches)(?:\s+to)?(?=\s+(?:option|choice|answer)\b)",
         *("it'?s", r"(?:it|that|this|which|diagnosis|finding|conclusion)\s+is"),
         r"(?:must|should|would|could|may|might|has\s+to)\s+(?:also\s+)?be",
-        *("(?<!everything )(?<!anything )(?<!all )but", "rather", "instead", "definitely", "probably", "clearly", "obviously"),
+        *(
+            "(?<!everything )(?<!anything )(?<!all )but",
+            "rather",
+            "instead",
+            "definitely",
+            "probably",
+            "clearly",
+            "obviously",
+        ),
         rf"answer(?=\s+{_ONE_LETTER_AHEAD})",
     )
     + r"\b(?!\s+(?:than|of)\b)[\s,:]*"
@@ -270,7 +295,8 @@ _CONCLUSION = any_of(
     *("因此", "所以", "故", "综上(?:所述)?", "最终"),
 )
 _CONCLUDING = re.compile(
-    rf"{_CONCLUSION}\s*[,:]?\s*(?:it(?:'s|\s+is)\s+|i(?:'d| would)?\s+(?:choose|pick|select|go\s+with)\s+)?", re.IGNORECASE
+    rf"{_CONCLUSION}\s*[,:]?\s*(?:it(?:'s|\s+is)\s+|i(?:'d| would)?\s+(?:choose|pick|select|go\s+with)\s+)?",
+    re.IGNORECASE,
 )
 _IS_FINAL = re.compile(rf"{_CONCLUSION}|\b(?:final|conclusion|summary)\b|最后", re.IGNORECASE)
 _IS_RIGHT = re.compile(
@@ -293,7 +319,8 @@ _TAKEN_BACK = re.compile(
 )
 _NEGATION_AHEAD = re.compile(r"\s*(?:(?:not|n't|neither|never)\b|不|并非)", re.IGNORECASE)
 _BUT = re.compile(
-    r"[^.\n。]*?(?:\bbut\b|\brather\b(?!\s+than)|\binstead\b(?!\s+of)|而是)(?:\s+(?:rather|instead|it\s+is))?", re.IGNORECASE
+    r"[^.\n。]*?(?:\bbut\b|\brather\b(?!\s+than)|\binstead\b(?!\s+of)|而是)(?:\s+(?:rather|instead|it\s+is))?",
+    re.IGNORECASE,
 )
 
 
@@ -319,7 +346,9 @@ def _marked(text: str, choices: Choices) -> Claims:
 
 def _is_final(text: str, marker: re.Match[str]) -> bool:
     sentence = re.split(r"[.!?。\n]", text[max(0, marker.start() - 40) : marker.start()])[-1]
-    return _IS_FINAL.search(sentence + marker[0]) is not None
+    # "It could be A or B at first sight. Answer: D": a line of its own, after the considerations.
+    on_its_own = marker.start() > 0 and not re.search(r"\w", sentence) and marker[0].rstrip().endswith(":")
+    return on_its_own or _IS_FINAL.search(sentence + marker[0]) is not None
 
 
 def _answer_at(text: str, position: int, choices: Choices) -> Claims:
@@ -349,7 +378,9 @@ def _letters_at(text: str, position: int, choices: Choices) -> Claims:
     if not match:
         return _letter_and_own_text(text[start:], choices)
     letter, rest = _letter(match), text[match.end() :]
-    if match["bare"] and (_begins_with_lettered_text(text[start:], choices) or _is_part_of_a_name(match, rest, choices)):
+    if match["bare"] and (
+        _begins_with_lettered_text(text[start:], choices) or _is_part_of_a_name(match, rest, choices)
+    ):
         return set()
     if _ASKED.match(rest) or _rejected_after(rest, letter, choices) or _REJECTED_BEFORE.search(text[:start]):
         return set()
@@ -360,7 +391,9 @@ def _begins_with_lettered_text(text: str, choices: Choices) -> bool:
     """Whether letters at the beginning belong to an option's text: "C. difficile colitis", "both A and B"."""
     stated = choices.begins(text)
     words = choices.texts[stated].words if stated else ()
-    return len(words) > 1 or (bool(words) and re.fullmatch("[a-z]", words[0]) is not None and not choices.claim(words[0]))
+    return len(words) > 1 or (
+        bool(words) and re.fullmatch("[a-z]", words[0]) is not None and not choices.claim(words[0])
+    )
 
 
 def _is_part_of_a_name(match: re.Match[str], rest: str, choices: Choices) -> bool:
@@ -408,7 +441,8 @@ _LIST_ITEM = re.compile(
     r"(?:^|[.;\n])\s*(?:[(\[]?(?P<signed>[A-Z])(?:[)\]:]|\.(?!\s*[a-z]))|(?P<alone>[A-Z])\s*(?=\.(?!\s*[a-z])|\n|$))"
 )
 _LAST_LETTER = re.compile(
-    rf"(?:^|[.!?。\n]\s*|\b(?:is|are|be)\b\s*:?\s*|[:=]\s*)(?:(?:option|choice)\s+)?{_ANY_LETTER}[\s.!。)]*$", re.IGNORECASE
+    rf"(?:^|[.!?。\n]\s*|\b(?:is|are|be)\b\s*:?\s*|[:=]\s*)(?:(?:option|choice)\s+)?{_ANY_LETTER}[\s.!。)]*$",
+    re.IGNORECASE,
 )
 _NAMED = re.compile(
     rf"(?:\b(?:option|choice|answer)|选项|選項)\s*{_ANY_LETTER}|{_OPEN}(?P<own>[A-Za-z]){_CLOSE}"
@@ -529,7 +563,9 @@ def _letters_said(text: str, choices: Choices) -> Claims:
         before, rest = text[: match.start()], text[match.end("bare") :]
         article = match["bare"] in "AI" and match["next"] and match["next"] not in _NO_NOUNS
         asked = re.match(r"[^.!\n]*\?", rest)
-        rejected = _REJECTED_BEFORE.search(before) or _REJECTED_AFTER.match(rest) or _in_negated_clause(text, match.start())
+        rejected = (
+            _REJECTED_BEFORE.search(before) or _REJECTED_AFTER.match(rest) or _in_negated_clause(text, match.start())
+        )
         if match["bare"].isupper() and not (article or asked or rejected):
             claims.add(texts.get(match["bare"].lower()))
     return claims
@@ -537,7 +573,9 @@ def _letters_said(text: str, choices: Choices) -> Claims:
 
 # --- Yes and no -----------------------------------------------------------------------------------------------------
 
-_CLAUSE_BEGINNERS = frozenset("it there this that these those the i we they he she because since its theres yes".split())
+_CLAUSE_BEGINNERS = frozenset(
+    "it there this that these those the i we they he she because since its theres yes".split()
+)
 _CJK_ANSWERS = {"不是": "no", "没有": "no", "是的": "yes", "是": "yes", "否": "no", "有": "yes"}
 _YES_OR_NO = re.compile(r"\b(?:yes (?:or|and) no|no (?:or|and) yes|是 or 否|否 or 是)\b")
 

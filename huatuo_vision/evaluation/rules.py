@@ -182,8 +182,10 @@ def _mmmu_values(text: str) -> list[str | float]:
 
 # --- LLaVA-Med ------------------------------------------------------------------------------------------------------
 
-_LLAVA_MED_SIGNS = ";/[]\"{}()=+\\_-><@`,?!"
-_LLAVA_MED_NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), map(str, (0, *range(11)))))
+_LLAVA_MED_SIGNS = ';/[]"{}()=+\\_-><@`,?!'
+_LLAVA_MED_NUMBERS = dict(
+    zip("none zero one two three four five six seven eight nine ten".split(), map(str, (0, *range(11))))
+)
 
 
 def llava_med_closed(response: Mapping[str, Any]) -> Graded:

@@ -63,7 +63,9 @@ def _check(response: Mapping[str, Any]) -> None:
     elif kind == "open":
         accepted = [answer] if isinstance(answer, str) else answer
         if not isinstance(accepted, list | tuple) or not accepted or not all(map(_is_text, accepted)):
-            raise UserError(f"{where} has the answer {answer!r}; expected a string that is not blank, or a list of them")
+            raise UserError(
+                f"{where} has the answer {answer!r}; expected a string that is not blank, or a list of them"
+            )
     else:
         raise UserError(f'{where} has the question_type {kind!r}; expected "multiple-choice" or "open"')
 
@@ -78,7 +80,9 @@ def _check_choice(where: str, options: object, answer: object) -> None:
         raise UserError(f"{where} has the options {options!r}; expected a list of 1 to {most} strings")
     if answer != HIDDEN and answer not in tuple(string.ascii_uppercase[: len(options)]):
         letters = f"A to {string.ascii_uppercase[len(options) - 1]}"
-        raise UserError(f'{where} has the answer {answer!r}; expected the letter of an option, {letters}, or "{HIDDEN}"')
+        raise UserError(
+            f'{where} has the answer {answer!r}; expected the letter of an option, {letters}, or "{HIDDEN}"'
+        )
 
 
 def _is_string(value: object) -> bool:

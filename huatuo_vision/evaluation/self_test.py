@@ -145,8 +145,12 @@ def _text_names_gold(row: Mapping[str, Any]) -> bool:
         return True
     text = _gold_text(row)
     letter = re.fullmatch(r"\W*([A-Za-z])\W*", text)
-    other_letter = letter and letter[1].upper() in string.ascii_uppercase[: len(row["options"])].replace(row["answer"], "")
-    return re.search(r"\w", text) is not None and row["answer"] not in equal_options(row["options"]) and not other_letter
+    other_letter = letter and letter[1].upper() in string.ascii_uppercase[: len(row["options"])].replace(
+        row["answer"], ""
+    )
+    return (
+        re.search(r"\w", text) is not None and row["answer"] not in equal_options(row["options"]) and not other_letter
+    )
 
 
 def _gold_text(row: Mapping[str, Any]) -> str:
@@ -236,7 +240,9 @@ def _shortened(lines: Sequence[str]) -> str:
     return "\n".join([*lines[:20], *more])
 
 
-def _row(number: int, answer: str | Sequence[str], options: Sequence[str] | None = None, question: str = "") -> dict[str, Any]:
+def _row(
+    number: int, answer: str | Sequence[str], options: Sequence[str] | None = None, question: str = ""
+) -> dict[str, Any]:
     return {
         "id": str(number),
         "question_type": "open" if options is None else "multiple-choice",

@@ -122,7 +122,18 @@ _UNABLE = any_of(
 )
 _ANSWERING = any_of(
     *("determined?", "answer(?:ed)?", "say", "said", "tell", "told", "identif(?:y|ied)", "provide", r"diagnos\w+"),
-    *("see", "view", "assist", "help", "concluded?", "assess(?:ed)?", "interpret(?:ed)?", "analy[sz]ed?", "make", "give"),
+    *(
+        "see",
+        "view",
+        "assist",
+        "help",
+        "concluded?",
+        "assess(?:ed)?",
+        "interpret(?:ed)?",
+        "analy[sz]ed?",
+        "make",
+        "give",
+    ),
     *("confirm(?:ed)?", "choose", "decided?", "judged?", "know"),
 )
 _REFUSAL = re.compile(

@@ -1,136 +1,161 @@
-"""What a reply counts as, and the arithmetic of scores."""
-
-import math
-import string
+"""Replies as models write them, and what each counts for under the default rules."""
 
 import pytest
 
-from huatuo_vision.evaluation.scorers import Verdict, judge, parse_choice, score_benchmark, tally
+from huatuo_vision.evaluation.protocols import PROTOCOLS
+from huatuo_vision.evaluation.scorers import CHOICE_RULES, OPEN_RULES, judge
 from huatuo_vision.schema import UserError
-from tests.evaluation.helpers import run_python
 
-OPTIONS = ("Fracture", "Hepatitis C", "E. coli infection", "normal")
-
-CHOOSES_B = [
-    "B", "b", " B \n", "(B)", "[B]", "B.", "B)", "B:", '"B"', "`B`", "**B**", "**B.**", "（B）", "(b)",
-    "B: Hepatitis C", "B. Hepatitis C", "B) hepatitis c.", "(B) Hepatitis C", "**B. Hepatitis C**",
-    "B: a liver disease",
-    "B. A liver disease.", "B\nBecause of the pattern.",
-    "The answer is B", "The answer is B.", "The answer is (B).", "The answer is **B**.",
-    "The answer is B because it fits.", "Answer: B", "Answer: b", "**Answer:** B", "Final answer: (B)",
-    "The correct option is B", "Answer: The answer is B",
-    "The answer is (B). The other options such as (D) are wrong.", "The answer is B: Hepatitis C",
-    "A. Fracture\nB. Hepatitis C\nC. E. coli infection\nD. normal\nThe correct answer is (B).",
-    "Hepatitis C", "hepatitis  c.", "HEPATITIS C", "**Hepatitis C**", "The answer is hepatitis C.",
-]  # fmt: skip
-
-CHOOSES_NOTHING = [
-    "", "  \n", ".", "?", "E", "(E)", "The answer is E", "E. Abscess", "Z",
-    "A or B", "A, B", "A/B", "A and B", "(A) (B)", "AB", "ABCD", "B\nA", "A. B.", "A. Fracture B. Hepatitis C",
-    "a) fracture b) hepatitis c", "The answer is A. The answer is B.", "The answer is A or B",
-    "The answer is (A) or (B)",
-    "The answer is B: Fracture", "B: Fracture", "B. normal", "fracture or normal",
-    "A fracture of the wrist", 
-    "The answer is a fracture of the wrist", "The answer is A fracture of the wrist",
-    "I", "I think so", "Answer: I think it is unclear", "I cannot determine the answer from this image.",
-    "As an AI, I can't help.", "The answer is not B", "The answer isn't B", "not B", "B-mode ultrasound",
-    "The answer is B cell lymphoma", "C. difficile", "yes", "none", "unclear",
-]  # fmt: skip
+DEFAULT = PROTOCOLS["default"]
+LUNGS = ["left lung", "left lung upper lobe", "pneumonia", "no abnormality"]
+YES_NO = ["Yes", "No"]
 
 
-@pytest.mark.parametrize("reply", CHOOSES_B)
-def test_a_reply_that_names_one_option_chooses_it(reply):
-    assert parse_choice(reply, OPTIONS) == "B"
-
-
-@pytest.mark.parametrize("reply", CHOOSES_NOTHING)
-def test_a_reply_that_names_none_or_two_chooses_nothing(reply):
-    assert parse_choice(reply, OPTIONS) is None
-
-
-@pytest.mark.parametrize(
-    "form", ["{0}", "({0})", "{0}.", "{0}. {1}", "{0}: {1}", "**{0}**", "The answer is {0}.", "{1}"]
-)
-def test_every_letter_is_read_in_every_form(form):
-    options = tuple(f"finding {number}" for number in range(11))
-    for letter, option in zip(string.ascii_uppercase, options, strict=False):
-        assert parse_choice(form.format(letter, option), options) == letter
-
-
-def test_options_that_are_letters_numbers_or_equal():
-    assert parse_choice("B", ("B", "A")) == "B"
-    assert parse_choice("5", (".5", "5")) == "B"
-    assert parse_choice("-5", ("5", "-5")) == "B"
-    assert parse_choice("yes", ("Yes", "yes", "no")) is None
-    assert parse_choice("B. yes", ("Yes", "yes", "no")) == "B"
-
-
-def response(reply: str, answer: str = "B", number: int = 0, subject: str = "liver") -> dict:
+def row(reply: str, options: list[str] | None = LUNGS, answer: object = "B", question: str = "Is it?") -> dict:
     return {
-        "benchmark": "made-up", "id": str(number), "question_type": "multiple-choice", "question": "Which?",
-        "options": list(OPTIONS), "answer": answer, "response": reply, "groups": {"subject": subject},
+        "benchmark": "made-up", "id": "7", "question_type": "open" if options is None else "multiple-choice",
+        "question": question, "options": options, "answer": answer, "response": reply, "groups": {},
         "image_sha256": [],
     }  # fmt: skip
 
 
-def test_unparsed_is_neither_correct_nor_wrong_and_a_hidden_answer_is_not_graded():
-    assert judge(response("B")) == Verdict("made-up", "0", "B", "correct")
-    assert judge(response("A")) == Verdict("made-up", "0", "A", "wrong")
-    assert judge(response("no idea")) == Verdict("made-up", "0", None, "unparsed")
-    assert judge(response("B", answer="?")) == Verdict("made-up", "0", "B", "ungraded")
+def parsed(reply: str, options: list[str] = LUNGS) -> str | None:
+    return judge(row(reply, options, "A"), DEFAULT).parsed
 
 
-@pytest.mark.parametrize("changed", [{"answer": "E"}, {"answer": "AB"}, {"answer": ""}, {"question_type": "open"}])
-def test_a_row_that_cannot_be_graded_is_refused_by_name(changed):
-    with pytest.raises(UserError, match="made-up row '0'"):
-        judge(response("B") | changed)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "B", "(B)", "B.", "B)", "b", "[B]", "'B'", "`B`", "**B**", "__B__", " B\n", "B</s>", "B:", "Ｂ", "（B）",
+        "B: left lung upper lobe", "B. left lung upper lobe", "B) left lung upper lobe", "(B) left lung upper lobe",
+        "(b) left lung upper lobe", "**B. left lung upper lobe**", "B, because the lesion is in the upper lobe",
+        "The answer is B", "The answer is B.", "the answer is (b).", "Answer: B", "Answer: b", "Answer:\nB",
+        "The correct answer is (B). The other options such as (D) are wrong.", "Final answer: **B**", "Choice: B",
+        "Option B", "Option B is correct.", "Letter B is correct", "I choose B", "I would go with (B).", "I pick option B",
+        "I think B", "So, B.", "Therefore, B", "Sure! B", "It must be B.", "My answer: B",
+        "A closer look shows a lesion. Therefore the answer is B", "A is incorrect, so B", "<think>maybe A or C</think> B",
+        "A. left lung\nB. left lung upper lobe\nC. pneumonia\nD. no abnormality\nThe correct answer is (B).",
+        "\\boxed{B}", "$\\boxed{B}$", "\\boxed{\\text{B}}", '{"answer": "B"}', "{'answer': 'B'}", "<answer>B</answer>",
+        "left lung upper lobe", "Left lung upper lobe.", "The answer is left lung upper lobe.",
+        "It is in the left lung upper lobe.", "**left lung upper lobe**",
+        "答案是B", "答案：B", "正确答案为(B)", "正确答案是 B。", "选B", "故选B。", "应选择 B", "选项B", "我选择B",
+    ],
+)  # fmt: skip
+def test_a_chosen_option_is_read(reply):
+    assert parsed(reply) == "B"
 
 
-def test_scores_add_up_and_unparsed_counts_in_n():
-    replies = [("B", "liver"), ("A", "liver"), ("B", "bone"), ("B", "bone"), ("hm", "bone"), ("A", "bone")]
-    responses = [response(reply, number=i, subject=subject) for i, (reply, subject) in enumerate(replies)]
-    responses.append(response("B", answer="?", number=9))
-    verdicts = [judge(row) for row in responses]
-    scores = score_benchmark(responses, verdicts, expected_n=7, limit=None)
-    assert (scores["n"], scores["correct"], scores["unparsed"], scores["ungraded"]) == (6, 3, 1, 1)
-    assert scores["accuracy"] == scores["micro"] == 0.5
-    subjects = scores["groups"]["subject"]
-    assert (subjects["liver"]["n"], subjects["bone"]["n"]) == (2, 4)
-    assert subjects["bone"]["unparsed"] == 1
-    for count in ("n", "correct", "unparsed"):
-        assert sum(subject[count] for subject in subjects.values()) == scores[count]
-    assert scores["macro"] == (1 / 2 + 2 / 4) / 2
-    assert scores["comparable"]
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "", "   ", "\n", ".", "A and B", "A or B", "Either B or C", "B, C", "Both A and C", "E", "The answer is E", "(Z)",
+        "A fracture is seen", "A closer look helps", "I", "I cannot determine the answer.", "I do not know.",
+        "As an AI language model, I can't interpret medical images.", "I'm sorry, but I can't help with that.",
+        "not A", "A is wrong", "The answer is not B", "There is no evidence of pneumonia.", "Unable to tell.",
+        "A: pneumonia", "无法确定", "不是A", "A不对", "The image is of poor quality.", "?", "None", "I am not sure",
+    ],
+)  # fmt: skip
+def test_a_reply_that_chooses_no_option_or_two_is_unparsed(reply):
+    assert parsed(reply) is None
+    assert judge(row(reply), DEFAULT).verdict == "unparsed"
 
 
-def test_macro_is_the_mean_of_subjects_not_of_rows():
-    responses = [response("B" if i else "A", number=i, subject="one" if i else "other") for i in range(10)]
-    scores = score_benchmark(responses, [judge(row) for row in responses], expected_n=10, limit=None)
-    assert (scores["micro"], scores["macro"]) == (0.9, 0.5)
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("left lung", "A"),
+        ("The left lung is affected.", "A"),
+        ("Based on the image, the most likely diagnosis is pneumonia.", "C"),
+        ("no abnormality", "D"),
+        ("First I thought A, but the final answer is C.", "C"),
+        ("It could be A or B at first sight. Answer: D", "D"),
+        ("Answer: A. On second look I choose B.", None),
+    ],
+)
+def test_the_longest_option_and_the_final_answer_win(reply, letter):
+    assert parsed(reply) == letter
 
 
-def test_a_limit_or_another_row_count_is_not_comparable():
-    responses = [response("B")]
-    verdicts = [judge(row) for row in responses]
-    assert score_benchmark(responses, verdicts, expected_n=1, limit=None)["comparable"]
-    assert not score_benchmark(responses, verdicts, expected_n=2, limit=None)["comparable"]
-    assert not score_benchmark(responses, verdicts, expected_n=1, limit=1)["comparable"]
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("Yes", "A"), ("no.", "B"), ("No, there is not", "B"), ("Yes, there is no other finding", "A"), ("A", "A"),
+        ("(B)", "B"), ("The answer is no", "B"), ("YES!", "A"), ("normal", None), ("none", None), ("", None),
+        ("I do not know", None), ("yes and no", None), ("nodule", None), ("unknown", None), ("maybe", None),
+    ],
+)  # fmt: skip
+def test_yes_and_no_are_words(reply, letter):
+    assert parsed(reply, YES_NO) == letter
 
 
-@pytest.mark.parametrize(("correct", "n"), [(0, 10), (5, 10), (10, 10), (170, 251)])
-def test_the_interval_is_wilsons(correct, n):
-    verdicts = [Verdict("made-up", str(i), "A", "correct" if i < correct else "wrong") for i in range(n)]
-    z, p = 1.959963984540054, correct / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert tally(verdicts).ci95 == pytest.approx((centre - half, centre + half), abs=1e-9)
+@pytest.mark.parametrize(
+    ("options", "reply", "letter"),
+    [
+        (["3", "3.5 cm", "35 mm"], "3.5 cm", "B"),
+        (["3", "3.5 cm", "35 mm"], "3", "A"),
+        (["Vitamin A", "Vitamin B", "Vitamin C"], "Vitamin B", "B"),
+        (["Vitamin A", "Vitamin B", "Vitamin C"], "C", "C"),
+        (["MRI", "mri.", "CT"], "MRI", None),  # two options with one text
+        (["MRI", "mri.", "CT"], "B", "B"),
+        (["E. coli", "C. difficile"], "E. coli", "A"),
+        (["是", "否"], "是", "A"),
+        (["肺炎", "气胸"], "气胸", "B"),
+    ],
+)
+def test_options_that_are_easily_confused(options, reply, letter):
+    assert parsed(reply, options) == letter
 
 
-def test_nothing_graded_has_no_rate():
-    scores = score_benchmark([response("B", answer="?")], [judge(response("B", answer="?"))], expected_n=1, limit=None)
-    assert (scores["n"], scores["accuracy"], scores["ci95"], scores["macro"]) == (0, None, None, None)
+@pytest.mark.parametrize(
+    ("reply", "accepted", "verdict"),
+    [
+        ("liver", "Liver", "correct"),
+        ("The liver.", ["liver", "hepar"], "correct"),
+        ("It is the liver.", "liver", "correct"),
+        ("hepar", ["liver", "hepar"], "correct"),
+        ("spleen", "liver", "wrong"),
+        ("3.50 cm", "3.5 cm", "correct"),
+        ("35 cm", "3.5 cm", "wrong"),
+        ("kidney and liver", "liver, kidney", "correct"),
+        ("Yes.", "yes", "correct"),
+        ("", "liver", "unparsed"),
+        ("I cannot determine the answer.", "liver", "unparsed"),
+    ],
+)
+def test_open_answers(reply, accepted, verdict):
+    assert judge(row(reply, None, accepted), DEFAULT).verdict == verdict
 
 
-def test_scoring_and_reporting_need_no_torch():
-    code = "import sys, huatuo_vision.evaluation.report; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    assert run_python("-c", code).stdout == "False False\n"
+def test_open_metrics_have_their_real_names_and_lie_between_0_and_1():
+    metrics = judge(row("the large left lobe", None, ["left lobe", "x"]), DEFAULT).metrics
+    assert set(metrics) == {"exact_match", "token_recall", "token_f1", "bleu"}
+    assert (metrics["exact_match"], metrics["token_recall"]) == (0.0, 1.0)
+    assert metrics["token_f1"] == pytest.approx(0.8) and 0 < metrics["bleu"] < 1
+    exact = judge(row("left lobe", None, ["left lobe"]), DEFAULT).metrics
+    assert all(value == pytest.approx(1) and value <= 1 for value in exact.values())
+
+
+def test_a_hidden_answer_is_ungraded_but_read():
+    verdict = judge(row("The answer is C", answer="?"), DEFAULT)
+    assert (verdict.parsed, verdict.verdict) == ("C", "ungraded")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"answer": "E"}, "made-up row '7'.*'E'"),
+        ({"answer": "b"}, "made-up row '7'.*'b'"),
+        ({"question_type": "essay"}, "made-up row '7'.*essay"),
+        ({"options": "['a', 'b']"}, "made-up row '7'"),
+        ({"options": None}, "made-up row '7'"),
+        ({"question_type": "open", "answer": 3}, "made-up row '7'"),
+    ],
+)
+def test_a_row_that_can_not_be_graded_is_named(changed, said):
+    with pytest.raises(UserError, match=said):
+        judge(row("B") | changed, DEFAULT)
+
+
+def test_every_protocol_names_rules_that_exist():
+    for protocol in PROTOCOLS.values():
+        assert protocol.choice_rule in CHOICE_RULES and protocol.open_rule in OPEN_RULES
