@@ -43,9 +43,9 @@ class Choices:
         for letter, text in self.texts.items():
             short = Words(text.words[1:], text.gaps[1:])
             others = [other for key, other in self.texts.items() if key != letter]
-            if text.words[:1] and text.words[0] in ARTICLES and short.words:
-                if not any(True for other in others for _ in _spans(other, short)):
-                    shortened[letter] = short
+            has_article = bool(text.words and text.words[0] in ARTICLES and short.words)
+            if has_article and not any(True for other in others for _ in _spans(other, short)):
+                shortened[letter] = short
         return shortened
 
     @cached_property
@@ -190,9 +190,9 @@ def _mentions(words: Words, texts: Mapping[str, Words]) -> list[Mention]:
 # --- Denial -------------------------------------------------------------------------------------------------------
 
 _NEGATORS = frozenset(
-    "no not nothing without never neither nor cannot cant isnt arent wasnt werent doesnt dont didnt hasnt havent wouldnt "
-    "couldnt shouldnt exclude excludes excluded excluding absent absence lack lacks lacking unlikely except denies non "
-    "eliminate eliminates eliminated reject rejects rejected against".split()
+    "no not nothing without never neither nor cannot cant isnt arent wasnt werent doesnt dont didnt hasnt havent "
+    "wouldnt couldnt shouldnt exclude excludes excluded excluding absent absence lack lacks lacking unlikely except "
+    "denies non eliminate eliminates eliminated reject rejects rejected against".split()
 )
 _NEGATING_PAIRS = frozenset(
     [("rather", "than"), ("likely", "than"), ("other", "than"), ("instead", "of"), ("less", "likely")]
@@ -208,8 +208,8 @@ _BREAKERS = frozenset(
 _DENIED_AFTER = re.compile(
     r"(?:(?:is|are|was|were|can|could|would|may|might|seems?|appears?|be|been|has|have|does|do|did|also|very|highly"
     r"|therefore|clearly|an?) )*"
-    r"(?:not|isnt|arent|wasnt|werent|doesnt|dont|didnt|cannot|cant|couldnt|unlikely|less likely|absent|excluded|ruled out"
-    r"|wrong|incorrect|false|never)\b"
+    r"(?:not|isnt|arent|wasnt|werent|doesnt|dont|didnt|cannot|cant|couldnt|unlikely|less likely|absent|excluded"
+    r"|ruled out|wrong|incorrect|false|never)\b"
 )
 _CJK_DENIED_BEFORE = re.compile(
     "(?:不是|不存在|不支持|没有|沒有|未见|未見|无|無|非|排除|并非|否认|不像|除外|不考虑)[的是为有]?$"

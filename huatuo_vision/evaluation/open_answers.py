@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 from sacrebleu.metrics import BLEU
 
 from huatuo_vision.evaluation.parsing import enclosed, said_yes_or_no
-from huatuo_vision.evaluation.words import CJK, Words, clean, normal, refuses
+from huatuo_vision.evaluation.words import CJK, clean, normal, refuses
 
 # What is said around an answer. Only at the beginning, and a full stop at the end goes with the punctuation.
 _MARKER = re.compile(
@@ -32,12 +32,18 @@ _WRAPPER = re.compile(
 _UNITS = {
     unit: names[0]
     for names in (
-        ("%", "percent", "per cent", "percentage"), ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "毫米"),
-        ("cm", "centimeter", "centimeters", "centimetre", "centimetres", "厘米"), ("m", "meter", "meters", "metre", "metres"),
-        ("μm", "um", "micrometer", "micrometers", "micron", "microns"), ("ml", "milliliter", "milliliters", "millilitre", "millilitres"),
-        ("l", "liter", "liters", "litre", "litres"), ("mg", "milligram", "milligrams"), ("g", "gram", "grams"), ("kg", "kilogram", "kilograms"),
-        ("s", "sec", "second", "seconds"), ("min", "minute", "minutes"), ("h", "hr", "hrs", "hour", "hours"), ("day", "days"),
-        ("week", "weeks"), ("month", "months"), ("year", "years", "yr", "yrs"), ("°", "degree", "degrees"), ("°c", "celsius"),
+        ("%", "percent", "per cent", "percentage"),
+        ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "毫米"),
+        ("cm", "centimeter", "centimeters", "centimetre", "centimetres", "厘米"),
+        ("m", "meter", "meters", "metre", "metres"),
+        ("μm", "um", "micrometer", "micrometers", "micron", "microns"),
+        ("ml", "milliliter", "milliliters", "millilitre", "millilitres"),
+        ("l", "liter", "liters", "litre", "litres"),
+        ("mg", "milligram", "milligrams"), ("g", "gram", "grams"), ("kg", "kilogram", "kilograms"),
+        ("s", "sec", "second", "seconds"),
+        ("min", "minute", "minutes"), ("h", "hr", "hrs", "hour", "hours"), ("day", "days"),
+        ("week", "weeks"), ("month", "months"),
+        ("year", "years", "yr", "yrs"), ("°", "degree", "degrees"), ("°c", "celsius"),
         ("mmhg",), ("bpm",), ("hu",), ("cc",),
     )
     for unit in names
@@ -60,10 +66,9 @@ def unwrapped(text: str) -> str:
     """The answer of a cleaned reply without what is said around it, in the words that are compared."""
     contents = enclosed(text)
     text = clean(contents[-1]) if contents else text
-    last = None
-    for last in _MARKER.finditer(text):
-        pass
-    text = text[last.end() :] if last and text[last.end() :].strip(" .") else text
+    markers = list(_MARKER.finditer(text))
+    if markers and text[markers[-1].end() :].strip(" ."):
+        text = text[markers[-1].end() :]
     while (wrapper := _WRAPPER.match(text)) and text[wrapper.end() :].strip(" ."):
         text = text[wrapper.end() :]
     return normal(text)

@@ -621,8 +621,8 @@ _ASKS = re.compile(r"\s*(?:is|are|was|were|do|does|did|has|have|can|could)\b", r
 _DENYING = frozenset("no not without absent absence isnt arent doesnt dont".split())
 _EMPTY_WORDS = _DENYING | frozenset(
     "is are was were do does did has have can could be been there a an the any this that these those it in on of at to "
-    "from for with by and evidence sign signs image images picture scan seen see show shows shown showing visible present "
-    "identified detected noted observed here patient patients cannot".split()
+    "from for with by and evidence sign signs image images picture scan seen see show shows shown showing visible "
+    "present identified detected noted observed here patient patients cannot".split()
 )
 
 

@@ -184,7 +184,7 @@ def _mmmu_values(text: str) -> list[str | float]:
 
 _LLAVA_MED_SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 _LLAVA_MED_NUMBERS = dict(
-    zip("none zero one two three four five six seven eight nine ten".split(), map(str, (0, *range(11))))
+    zip("none zero one two three four five six seven eight nine ten".split(), map(str, (0, *range(11))), strict=True)
 )
 
 

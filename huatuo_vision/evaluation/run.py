@@ -22,7 +22,9 @@ from huatuo_vision.evaluation import (
     rotations,
     scorers,
     scores,
+    self_test,
 )
+from huatuo_vision.evaluation.answers import check_images, response_of
 from huatuo_vision.evaluation.benchmarks import BENCHMARKS, SETS
 from huatuo_vision.evaluation.protocols import PROTOCOLS, Protocol
 from huatuo_vision.evaluation.rows import HIDDEN, Benchmark, Loaded, Row
@@ -62,6 +64,19 @@ def chosen_benchmarks(named: Sequence[str]) -> dict[str, Path | None]:
     return chosen
 
 
+def test_rules(benchmarks: Mapping[str, Path | None], console: Console) -> bool:
+    """Try every protocol's rules on the rows of benchmarks, or on rows made for it; whether the default ones passed."""
+    rows = None
+    if benchmarks:
+        rows = {
+            name: [response_of(row, "") for row in BENCHMARKS[name].load(path).rows]
+            for name, path in benchmarks.items()
+        }
+    result = self_test.run(rows)
+    self_test.show(result, console)
+    return result.passed
+
+
 def show_benchmarks(console: Console) -> None:
     table = Table("name", "rows", "what", title="benchmarks")
     for benchmark in BENCHMARKS.values():
@@ -81,7 +96,6 @@ def answer(question: Question) -> bool:
 
 def _answer_by_transformers(question: Question) -> bool:
     from huatuo_vision.evaluation import generate, likelihood
-    from huatuo_vision.evaluation.answers import check_images
     from huatuo_vision.launch import start_processes
 
     # At the last barrier the slowest process may be hours behind; a backend's own limit is minutes.
@@ -126,7 +140,6 @@ def _answer_by_transformers(question: Question) -> bool:
 
 def _answer_by_endpoint(question: Question) -> None:
     from huatuo_vision.evaluation import endpoint
-    from huatuo_vision.evaluation.answers import check_images
 
     loaded = _load(question)
     rows = _rows(question, loaded)

@@ -282,8 +282,10 @@ _OPTIONS: tuple[tuple[str, ...], ...] = (
     tuple(f"finding {number}" for number in range(1, 15)),
 )
 _OPEN: tuple[str | tuple[str, ...], ...] = (
-    "pleural effusion", "Left side", "3 cm", "2.5", "1,200", "50%", "liver, spleen and kidney", "yes", "No", "Crohn's disease",
-    ("MRI", "magnetic resonance imaging"), ("24/7", "3.429"), "肺炎", "左肺，右肺", "T2-weighted", "cannot be determined",
+    "pleural effusion", "Left side", "3 cm", "2.5", "1,200", "50%", "liver, spleen and kidney", "yes", "No",
+    "Crohn's disease",
+    ("MRI", "magnetic resonance imaging"), ("24/7", "3.429"), "肺炎", "左肺，右肺", "T2-weighted",
+    "cannot be determined",
 )  # fmt: skip
 
 BUILT_IN: tuple[Mapping[str, Any], ...] = tuple(

@@ -63,7 +63,8 @@ def test_where_mmmu_draws_at_random_the_row_is_unparsed_and_the_draw_is_expected
     ("reply", "answer", "right"),
     [
         ("7", "7", True), ("The answer is 7.00", "7", True), ("7.004", "7", True), ("8", "7", False),
-        ("1,200", "1200", True), ("the femoral artery", "femoral artery", True), ("femoral vein", "femoral artery", False),
+        ("1,200", "1200", True), ("the femoral artery", "femoral artery", True),
+        ("femoral vein", "femoral artery", False),
         ("It is so. Therefore, the value is 3.43", ["24/7", "3.429"], True),
     ],
 )  # fmt: skip

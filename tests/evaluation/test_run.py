@@ -128,6 +128,11 @@ def test_the_self_test_passes_and_says_so(command, capsys):
     assert "default" in capsys.readouterr().out
 
 
+def test_the_self_test_tries_a_benchmarks_rows(command, capsys):
+    assert command("--self-test", "--benchmarks", "phantom") == 0
+    assert "600 rows" in capsys.readouterr().out
+
+
 def ask(*arguments: object) -> list[object]:
     return ["--benchmarks", "phantom", "--limit", 6, *arguments]
 

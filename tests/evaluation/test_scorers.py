@@ -31,9 +31,11 @@ def parsed(reply: str, options: list[str] = LUNGS) -> str | None:
         "(b) left lung upper lobe", "**B. left lung upper lobe**", "B, because the lesion is in the upper lobe",
         "The answer is B", "The answer is B.", "the answer is (b).", "Answer: B", "Answer: b", "Answer:\nB",
         "The correct answer is (B). The other options such as (D) are wrong.", "Final answer: **B**", "Choice: B",
-        "Option B", "Option B is correct.", "Letter B is correct", "I choose B", "I would go with (B).", "I pick option B",
+        "Option B", "Option B is correct.", "Letter B is correct", "I choose B", "I would go with (B).",
+        "I pick option B",
         "I think B", "So, B.", "Therefore, B", "Sure! B", "It must be B.", "My answer: B",
-        "A closer look shows a lesion. Therefore the answer is B", "A is incorrect, so B", "<think>maybe A or C</think> B",
+        "A closer look shows a lesion. Therefore the answer is B", "A is incorrect, so B",
+        "<think>maybe A or C</think> B",
         "A. left lung\nB. left lung upper lobe\nC. pneumonia\nD. no abnormality\nThe correct answer is (B).",
         "\\boxed{B}", "$\\boxed{B}$", "\\boxed{\\text{B}}", '{"answer": "B"}', "{'answer': 'B'}", "<answer>B</answer>",
         "left lung upper lobe", "Left lung upper lobe.", "The answer is left lung upper lobe.",
@@ -48,7 +50,8 @@ def test_a_chosen_option_is_read(reply):
 @pytest.mark.parametrize(
     "reply",
     [
-        "", "   ", "\n", ".", "A and B", "A or B", "Either B or C", "B, C", "Both A and C", "E", "The answer is E", "(Z)",
+        "", "   ", "\n", ".", "A and B", "A or B", "Either B or C", "B, C", "Both A and C", "E", "The answer is E",
+        "(Z)",
         "A fracture is seen", "A closer look helps", "I", "I cannot determine the answer.", "I do not know.",
         "As an AI language model, I can't interpret medical images.", "I'm sorry, but I can't help with that.",
         "not A", "A is wrong", "The answer is not B", "There is no evidence of pneumonia.", "Unable to tell.",
