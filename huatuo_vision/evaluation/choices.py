@@ -10,8 +10,8 @@ from functools import cached_property, lru_cache
 
 from huatuo_vision.evaluation.words import ARTICLES, CJK, STOPS, Words, clean, normal
 
-# Characters of a reply that are looked at for an option's text that must stand at one place.
-_FAR = 600
+# Characters that are read of the sentence that states an answer.
+_SENTENCE = 600
 _YES_NO = {"yes": "yes", "no": "no", "是": "yes", "是的": "yes", "否": "no", "不是": "no"}
 
 
@@ -68,6 +68,11 @@ class Choices:
         long_enough = len(text) > sum(map(len, self.cleaned.values()))
         return self._echo.sub(" ", text).strip() if long_enough else text
 
+    @cached_property
+    def _reach(self) -> int:
+        """Characters of a reply that are read where an option's text must begin or end; spacing may differ."""
+        return 40 + 2 * max(map(len, self.cleaned.values()))
+
     def claim(self, letter: str) -> str | None:
         """The letter, or None where no option has it."""
         return letter.upper() if letter.upper() in self.letters else None
@@ -77,11 +82,11 @@ class Choices:
 
     def begins(self, text: str) -> str | None:
         """The letter of the longest option text that a text begins with, "the" apart."""
-        return _longest_at_start(Words.of(text[:_FAR]), self.texts)
+        return _longest_at_start(Words.of(text[: self._reach]), self.texts)
 
     def begins_loosely(self, text: str) -> str | None:
         """The same, for options without their articles too."""
-        return self.begins(text) or _longest_at_start(Words.of(text[:_FAR]), self.without_article)
+        return self.begins(text) or _longest_at_start(Words.of(text[: self._reach]), self.without_article)
 
     def begins_with_text_of(self, letter: str, text: str) -> bool:
         """Whether a text begins with an option's text, and with no longer one."""
@@ -90,7 +95,7 @@ class Choices:
 
     def ends(self, text: str) -> str | None:
         """The letter of the longest option text that a text ends with, single letters apart."""
-        words = Words.of(text[-_FAR:]).words
+        words = Words.of(text[-self._reach :]).words
         found = [
             (len(option.words), letter)
             for letter, option in self.texts.items()
@@ -100,7 +105,7 @@ class Choices:
 
     def first_sentence(self, text: str) -> Words:
         """A text up to the first end of a sentence that is not inside an option's text ("E. coli")."""
-        words = Words.of(text[:_FAR])
+        words = Words.of(text[:_SENTENCE])
         inside = {
             position
             for option in self.texts.values()

@@ -16,12 +16,11 @@ from sacrebleu.metrics import BLEU
 from huatuo_vision.evaluation.parsing import enclosed, said_yes_or_no
 from huatuo_vision.evaluation.words import CJK, clean, normal, refuses
 
-# What is said around an answer. Only at the beginning, and a full stop at the end goes with the punctuation.
+# What is said before an answer.
 _MARKER = re.compile(
-    r"(?:^|.*?[\s.,;:!?。，])(?:(?:so|thus|therefore|hence)[\s,]+)?"
-    r"(?:(?:the|my|final|correct|best)\s+)*answer(?:\s+to\s+(?:the|this)\s+question)?\s*(?:is\b\s*:?|:|=)\s*"
-    r"|.*?(?:正确|最终)?答案(?:应该)?(?:是|为|:)\s*",
-    re.DOTALL | re.IGNORECASE,
+    r"\b(?:(?:the|my|final|correct|best)\s+)*answer(?:\s+to\s+(?:the|this)\s+question)?\s*(?:is\b\s*:?|:|=)\s*"
+    r"|答案(?:应该)?(?:是|为|:)\s*",
+    re.IGNORECASE,
 )
 _WRAPPER = re.compile(
     r"(?:(?:so|thus|therefore|hence|well|sure)[\s,]+)?(?:(?:it|this|that)(?:\s+is|'s)|they\s+are|there\s+(?:is|are)|these\s+are"
@@ -64,6 +63,10 @@ def parse_open(reply: str) -> str | None:
 
 def unwrapped(text: str) -> str:
     """The answer of a cleaned reply without what is said around it, in the words that are compared."""
+    return normal(_without_wrapping(text))
+
+
+def _without_wrapping(text: str) -> str:
     contents = enclosed(text)
     text = clean(contents[-1]) if contents else text
     markers = list(_MARKER.finditer(text))
@@ -71,7 +74,7 @@ def unwrapped(text: str) -> str:
         text = text[markers[-1].end() :]
     while (wrapper := _WRAPPER.match(text)) and text[wrapper.end() :].strip(" ."):
         text = text[wrapper.end() :]
-    return normal(text)
+    return text
 
 
 def same_answer(reply: str, accepted: Sequence[str]) -> bool:
@@ -90,12 +93,7 @@ def _agrees(text: str, readings: set[str], gold: str) -> bool:
     if quantity := _quantity(gold):
         return any(_quantity(reading) == quantity for reading in (text, *readings))
     items = _items(gold)
-    return len(items) > 1 and (_items(text) == items or _items(_after_marker(text)) == items)
-
-
-def _after_marker(text: str) -> str:
-    marker = _MARKER.match(text) or _WRAPPER.match(text)
-    return text[marker.end() :] if marker else text
+    return len(items) > 1 and items in (_items(text), _items(_without_wrapping(text)))
 
 
 def _quantity(text: str) -> tuple[float, str] | None:

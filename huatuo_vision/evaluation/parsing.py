@@ -63,7 +63,7 @@ def _implied(text: str, choices: Choices, question: str) -> Claims:
 # --- Letters ------------------------------------------------------------------------------------------------------
 
 _OPEN, _CLOSE = r"[(\[{<\"'「『【]", r"[)\]}>\"'」』】]"
-_WRAPPED = rf"{_OPEN}+\s*(?P<wrapped>[A-Za-z])\s*{_CLOSE}+"
+_WRAPPED = rf"{_OPEN}{{1,3}}\s?(?P<wrapped>[A-Za-z])\s?{_CLOSE}{{1,3}}"
 _BARE = r"(?<![A-Za-z0-9'-])(?P<bare>[A-Za-z])(?![A-Za-z0-9]|'\w|-\w)"
 _ANY_LETTER = rf"(?:{_WRAPPED}|{_BARE})"
 # A bare letter is a choice where its clause ends behind it: no article before a noun, no pronoun, no "B cell".
@@ -154,6 +154,11 @@ _CLAUSE_BEGINS = re.compile(
 )
 
 
+def _rejected_before(text: str, position: int) -> bool:
+    """Whether what stands before a letter rejects it: "not", "unlike A and"."""
+    return _REJECTED_BEFORE.search(text[max(0, position - 120) : position]) is not None
+
+
 def _in_negated_clause(text: str, position: int) -> bool:
     """Whether what stands before a position in its own clause denies or doubts it: "I don't think the answer ..."."""
     before = text[max(0, position - 120) : position].lower()
@@ -201,7 +206,7 @@ def _whole(text: str, choices: Choices) -> Claims:
 
 # A lost escape leaves a backspace of "\b".
 _BOXED = re.compile(r"(?:(?:\\|\x08)?b?oxed|\\fbox)\s*\{([^{}]*)\}")
-_TAGGED = re.compile(r"<(answer|final_answer|final|choice|option)>(.*?)(?:</\1>|$)", re.DOTALL | re.IGNORECASE)
+_TAGGED = re.compile(r"<(answer|final_answer|final|choice|option)>((?:(?!</?\1>).)*)", re.DOTALL | re.IGNORECASE)
 _FIELD = re.compile(
     r"[\"'](?:(?:final|correct|my|the|selected|predicted)[_ ]?)?"
     r"(?:answer|choice|option|letter|selection|prediction|label)[\"']\s*:\s*"
@@ -382,7 +387,7 @@ def _letters_at(text: str, position: int, choices: Choices) -> Claims:
         _begins_with_lettered_text(text[start:], choices) or _is_part_of_a_name(match, rest, choices)
     ):
         return set()
-    if _ASKED.match(rest) or _rejected_after(rest, letter, choices) or _REJECTED_BEFORE.search(text[:start]):
+    if _ASKED.match(rest) or _rejected_after(rest, letter, choices) or _rejected_before(text, start):
         return set()
     return {choices.claim(letter)} | _further(rest, letter, choices)
 
@@ -427,7 +432,7 @@ def _further(rest: str, letter: str, choices: Choices) -> Claims:
 def _letter_before(before: str, choices: Choices) -> Claims:
     """The letter joined to one that follows: "A and" before "B are right"."""
     match = _LETTER_BEFORE.search(before)
-    return {choices.claim(_letter(match))} if match and not _REJECTED_BEFORE.search(before[: match.start()]) else set()
+    return {choices.claim(_letter(match))} if match and not _rejected_before(before, match.start()) else set()
 
 
 # --- A letter at the beginning, at the end, or named in passing -----------------------------------------------------
@@ -499,7 +504,7 @@ def _trailing(text: str, choices: Choices) -> Claims:
     if lead and (lead["wrapped"] or lead["sign"]) and choices.begins_with_text_of(_letter(lead), line[lead.end() :]):
         return {choices.claim(_letter(lead))} if line != text else set()
     last = next(iter(_LAST_LETTER.finditer(text)), None)
-    if not last or _REJECTED_BEFORE.search(text[: _start(last)]) or _in_negated_clause(text, last.start()):
+    if not last or _rejected_before(text, _start(last)) or _in_negated_clause(text, last.start()):
         return set()
     if last["bare"] and (_NAMED_BY_LETTER.search(text[: _start(last)]) or choices.ends(text[: _start(last) + 1])):
         return set()
