@@ -154,14 +154,19 @@ _CLAUSE_BEGINS = re.compile(
 )
 
 
+def _before(text: str, position: int) -> str:
+    """What stands before a position, as far back as one looks for what bears on a letter."""
+    return text[max(0, position - 120) : position]
+
+
 def _rejected_before(text: str, position: int) -> bool:
     """Whether what stands before a letter rejects it: "not", "unlike A and"."""
-    return _REJECTED_BEFORE.search(text[max(0, position - 120) : position]) is not None
+    return _REJECTED_BEFORE.search(_before(text, position)) is not None
 
 
 def _in_negated_clause(text: str, position: int) -> bool:
     """Whether what stands before a position in its own clause denies or doubts it: "I don't think the answer ..."."""
-    before = text[max(0, position - 120) : position].lower()
+    before = _before(text, position).lower()
     clause = _CLAUSE_BEGINS.match(before)
     return _NEGATED.search(before, clause.end() if clause else 0) is not None
 
@@ -333,10 +338,15 @@ def _marked(text: str, choices: Choices) -> Claims:
     """What "the answer is ..." and its like say; the final answer, where one is called that, overrides the others."""
     final: Claims = set()
     other: Claims = set()
+    labelled: Claims = set()
     for marker in _ANSWER.finditer(text):
         if not _in_negated_clause(text, marker.start()):
-            claims = final if _is_final(text, marker) else other
-            claims |= _answer_at(text, marker.end(), choices)
+            kind = final if _is_final(text, marker) else labelled if _is_label(text, marker) else other
+            kind |= _answer_at(text, marker.end(), choices)
+    # "It could be A or B at first sight. Answer: D": a label after considerations is final; one at the start is not.
+    if not _ANSWER.match(text) or len(labelled) > 1:
+        final |= labelled
+    other |= labelled
     for marker in _CONCLUDING.finditer(text):
         final |= _letters_at(text, marker.end(), choices)
     for marker in _CHOOSING.finditer(text):
@@ -345,15 +355,21 @@ def _marked(text: str, choices: Choices) -> Claims:
     for match in _IS_RIGHT.finditer(text):
         belongs_to_text = choices.ends(text[: _start(match) + 1])  # "hepatitis C is correct"
         if not belongs_to_text and not _in_negated_clause(text, match.start()):
-            other |= {choices.claim(_letter(match))} | _letter_before(text[: match.start()], choices)
+            other |= {choices.claim(_letter(match))} | _letter_before(text, match.start(), choices)
     return final or other
 
 
+def _sentence_before(text: str, position: int) -> str:
+    return re.split(r"[.!?。\n]", text[max(0, position - 40) : position])[-1]
+
+
 def _is_final(text: str, marker: re.Match[str]) -> bool:
-    sentence = re.split(r"[.!?。\n]", text[max(0, marker.start() - 40) : marker.start()])[-1]
-    # "It could be A or B at first sight. Answer: D": a line of its own, after the considerations.
-    on_its_own = marker.start() > 0 and not re.search(r"\w", sentence) and marker[0].rstrip().endswith(":")
-    return on_its_own or _IS_FINAL.search(sentence + marker[0]) is not None
+    return _IS_FINAL.search(_sentence_before(text, marker.start()) + marker[0]) is not None
+
+
+def _is_label(text: str, marker: re.Match[str]) -> bool:
+    """Whether a marker with a colon begins a sentence: "Answer:"."""
+    return marker[0].rstrip().endswith(":") and not re.search(r"\w", _sentence_before(text, marker.start()))
 
 
 def _answer_at(text: str, position: int, choices: Choices) -> Claims:
@@ -429,8 +445,9 @@ def _further(rest: str, letter: str, choices: Choices) -> Claims:
     return {stated} if apart and not denied(words, 0, len(choices.texts[stated].words)) else set()
 
 
-def _letter_before(before: str, choices: Choices) -> Claims:
+def _letter_before(text: str, position: int, choices: Choices) -> Claims:
     """The letter joined to one that follows: "A and" before "B are right"."""
+    before = _before(text, position)
     match = _LETTER_BEFORE.search(before)
     return {choices.claim(_letter(match))} if match and not _rejected_before(before, match.start()) else set()
 
@@ -506,7 +523,9 @@ def _trailing(text: str, choices: Choices) -> Claims:
     last = next(iter(_LAST_LETTER.finditer(text)), None)
     if not last or _rejected_before(text, _start(last)) or _in_negated_clause(text, last.start()):
         return set()
-    if last["bare"] and (_NAMED_BY_LETTER.search(text[: _start(last)]) or choices.ends(text[: _start(last) + 1])):
+    if last["bare"] and (
+        _NAMED_BY_LETTER.search(_before(text, _start(last))) or choices.ends(text[: _start(last) + 1])
+    ):
         return set()
     return {choices.claim(_letter(last))} - {None}
 
@@ -517,15 +536,15 @@ def _named(text: str, choices: Choices) -> Claims:
     rejected: Claims = set()
     for match in _NAMED.finditer(text):
         group = next(group for group in ("wrapped", "bare", "own", "cjk") if match[group])
-        letter, before, after = choices.claim(match[group]), text[: match.start(group)], text[match.end(group) :]
-        is_name = _NAMED_BY_LETTER.search(text[: match.start()]) or (group == "bare" and match[group].islower())
+        letter, after = choices.claim(match[group]), text[match.end(group) :]
+        is_name = _NAMED_BY_LETTER.search(_before(text, match.start())) or (group == "bare" and match[group].islower())
         if letter is None or is_name or _ASKED.match(after):
             continue
-        if _REJECTED_BEFORE.search(before) or _rejected_after(after, letter, choices):
+        if _rejected_before(text, match.start(group)) or _rejected_after(after, letter, choices):
             rejected.add(letter)
             continue
         chosen |= {letter} | _further(after, letter, choices)
-        text_before = choices.ends(before)  # "pneumonia (B)"
+        text_before = choices.ends(text[: match.start(group)])  # "pneumonia (B)"
         if text_before and letter not in choices.same_text(text_before):
             chosen.add(text_before)
     return chosen - rejected
@@ -565,11 +584,13 @@ def _letters_said(text: str, choices: Choices) -> Claims:
     texts = {option.words[0]: letter for letter, option in choices.texts.items()}
     claims: Claims = set()
     for match in re.finditer(rf"{_BARE}(?:\s+(?P<next>[a-z]+))?", text):
-        before, rest = text[: match.start()], text[match.end("bare") :]
+        rest = text[match.end("bare") :]
         article = match["bare"] in "AI" and match["next"] and match["next"] not in _NO_NOUNS
         asked = re.match(r"[^.!\n]*\?", rest)
         rejected = (
-            _REJECTED_BEFORE.search(before) or _REJECTED_AFTER.match(rest) or _in_negated_clause(text, match.start())
+            _rejected_before(text, match.start())
+            or _REJECTED_AFTER.match(rest)
+            or _in_negated_clause(text, match.start())
         )
         if match["bare"].isupper() and not (article or asked or rejected):
             claims.add(texts.get(match["bare"].lower()))

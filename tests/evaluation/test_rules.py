@@ -53,6 +53,21 @@ def test_mmmu_reads_what_the_official_code_reads(reply, letter):
     assert (verdict.parsed, verdict.chance) == (letter, None)
 
 
+def test_mmmu_pro_has_a_rule_of_its_own():
+    def letter(benchmark: str, reply: str) -> str | None:
+        row = {
+            "benchmark": benchmark, "id": "1", "question": "?", "options": OPTIONS, "answer": "B", "groups": {},
+            "question_type": "multiple-choice", "response": reply, "image_sha256": [],
+        }  # fmt: skip
+        return judge(row, PROTOCOLS["mmmu-official"]).parsed
+
+    assert letter("mmmu-pro-standard-10", "(A) is near. Answer: B") == "B"  # what follows the last "Answer:"
+    assert letter("mmmu-pro-standard-10", "B. Pleural effusion") == "B"  # where MMMU's rule draws at random
+    assert letter("MMMU_Pro", "C. A large shadow") == "A"  # "A " comes before "C."
+    assert letter("mmmu-val", "(A) is near. Answer: B") == "A"
+    assert letter("mmmu-val", "B. Pleural effusion") is None
+
+
 @pytest.mark.parametrize("reply", ["**B**", "b", "Pleural effusion", "\\boxed{B}", "", "B: text"])
 def test_where_mmmu_draws_at_random_the_row_is_unparsed_and_the_draw_is_expected(reply):
     verdict = graded("mmmu-official", reply)
@@ -81,6 +96,16 @@ def test_mmmu_open_questions_compare_numbers_and_phrases(reply, answer, right):
 )  # fmt: skip
 def test_llava_med_closed_is_a_substring_rule(reply, answer, verdict):
     assert graded("llava-med", reply, answer, ["Yes", "No"]).verdict == verdict
+
+
+def test_llava_med_closed_reads_other_options_by_the_default_rule():
+    assert graded("llava-med", "**B**").verdict == "correct"
+
+
+def test_llava_med_open_counts_words_said_twice_and_numbers_as_digits():
+    twice = graded("llava-med", "left left left", "left lung", None)
+    assert twice.metrics["token_recall"] == pytest.approx(3 / 4)
+    assert graded("llava-med", "There are two.", "2", None).verdict == "correct"
 
 
 def test_llava_med_open_is_token_recall():
