@@ -23,8 +23,10 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _WRAPPER = re.compile(
-    r"(?:(?:so|thus|therefore|hence|well|sure)[\s,]+)?(?:(?:it|this|that)(?:\s+is|'s)|they\s+are|there\s+(?:is|are)|these\s+are"
-    r"|(?:the|this)\s+(?:image|picture|scan|figure|x-?ray|photo)\s+(?:shows|is|depicts)|[AQ]:|这是|图像显示)\s+",
+    r"(?:(?:so|thus|therefore|hence|well|sure)[\s,]+)?(?:i\s+(?:think|believe)\s+(?:that\s+)?)?"
+    r"(?:(?:it|this|that)(?:\s+is|'s)|they\s+are|there\s+(?:is|are)|these\s+are|about|approximately|around"
+    r"|(?:the|this)\s+(?:image|picture|scan|figure|x-?ray|photo)\s+(?:shows|is|depicts)|[AQ]:)\s+"
+    r"|(?:这是|图像显示)\s*",
     re.IGNORECASE,
 )
 
@@ -86,21 +88,24 @@ def same_answer(reply: str, accepted: Sequence[str]) -> bool:
 
 def _agrees(text: str, readings: set[str], gold: str) -> bool:
     wanted = normal(gold)
-    if wanted in readings:
+    if _in_digits(wanted) in map(_in_digits, readings):
         return wanted != ""
     if wanted in ("yes", "no"):
         return said_yes_or_no(text) == wanted
     if quantity := _quantity(gold):
         return any(_quantity(reading) == quantity for reading in (text, *readings))
     items = _items(gold)
-    return len(items) > 1 and items in (_items(text), _items(_without_wrapping(text)))
+    return len(items) > 1 and items == _items(_without_wrapping(text))
+
+
+def _in_digits(text: str) -> str:
+    return " ".join(_NUMBER_WORDS.get(word, word) for word in text.split())
 
 
 def _quantity(text: str) -> tuple[float, str] | None:
     """The number and unit ("" for none) that are all a text says: "3.0 cm", "two", "50 percent"."""
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.casefold().strip(" .,;:!"))
-    first, _, rest = text.partition(" ")
-    match = _QUANTITY.fullmatch(f"{_NUMBER_WORDS.get(first, first)} {rest}".strip())
+    match = _QUANTITY.fullmatch(_in_digits(text))
     if not match:
         return None
     unit = (match[2] or "").strip()

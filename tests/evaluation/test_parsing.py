@@ -343,6 +343,8 @@ REPLIES = [
     ]),
     (("Cannot be determined", "A mass"), "B", "", ["a mass", "mass", "There is a mass"]),
     (("A: heart", "B: lung", "C: liver"), "B", "", ["lung", "B: lung", "B", "It shows the lung."]),
+    (OPTIONS, None, "", ["Answer: C. difficile colitis", "Would you choose B?", "Should one go with B?"]),
+    (("Fracture", "No fracture"), None, "", ["No fracture or fracture"]),
     (("<image 1>", "<image 2>"), "B", "", ["<image 2>", "B. <image 2>", "The answer is <image 2>"]),
 ]
 # fmt: on
