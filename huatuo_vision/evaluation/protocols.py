@@ -139,8 +139,8 @@ PROTOCOLS = {
             rules_version=1,
             note=(
                 "LLaVA-Med's published metrics: a closed answer counts where the reply contains the gold word as a "
-                "substring ('abnormal' contains 'no'); the accuracy of open questions is token recall, which rewards long "
-                "replies."
+                "substring ('abnormal' contains 'no'); the accuracy of open questions is token recall, which rewards "
+                "long replies."
             ),
         ),
     )
