@@ -114,7 +114,7 @@ def main() -> int:
     from huatuo_vision.evaluation import compare, report, run
 
     if args.self_test:
-        return 0 if run.test_rules(run.chosen_benchmarks(args.benchmarks or []), console) else 1
+        return 0 if run.prove_rules(run.chosen_benchmarks(args.benchmarks or []), console) else 1
 
     if args.compare:
         comparison = run.compare_folders(*args.compare, args.out, console)
@@ -132,12 +132,15 @@ def main() -> int:
     if args.judge and not args.judge_url:
         raise UserError("--judge needs --judge-url, or OPENAI_BASE_URL in the environment")
 
+    rows = []
     if args.responses:
+        if args.benchmarks or args.blind or args.limit or args.rotate_options:
+            raise UserError("--responses grades answers that are there; leave out the flags that say how to ask")
         run.take_responses(args.responses, args.out, protocol)
-    elif not run.answer(question(args, protocol)):
+    elif (rows := run.answer(question(args, protocol))) is None:
         return 0  # another process scores
 
-    scores = run.score(args.out, protocol, judge=args.judge, judge_url=args.judge_url)
+    scores = run.score(args.out, protocol, rows, judge=args.judge, judge_url=args.judge_url)
     if args.model:
         run.add_to_card(args.model, scores)
     report.show(scores, args.out, console)

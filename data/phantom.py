@@ -690,9 +690,9 @@ def draw_picture(facts: Facts, rng: np.random.Generator, size: int) -> Image.Ima
     contrast, brightness = rng.uniform(0.8, 1.1), rng.uniform(-0.05, 0.05)
     noise = rng.standard_normal((height, width), np.float32)
     noise *= np.float32(rng.uniform(0.01, 0.04))
-    # The last to take random numbers, so that nothing else in the picture depends on what the findings are.
     if facts.count and image.ndim == 2:
         image = np.repeat(image[None], 3, axis=0)
+    # The last to take random numbers, so that nothing else in the picture depends on what the findings are.
     _draw_findings(image, x, y, facts, view, rng)
     image -= np.float32(0.5)
     image *= np.float32(contrast)

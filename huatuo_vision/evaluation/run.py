@@ -64,7 +64,7 @@ def chosen_benchmarks(named: Sequence[str]) -> dict[str, Path | None]:
     return chosen
 
 
-def test_rules(benchmarks: Mapping[str, Path | None], console: Console) -> bool:
+def prove_rules(benchmarks: Mapping[str, Path | None], console: Console) -> bool:
     """Try every protocol's rules on the rows of benchmarks, or on rows made for it; whether the default ones passed."""
     rows = None
     if benchmarks:
@@ -86,15 +86,12 @@ def show_benchmarks(console: Console) -> None:
     console.print(table)
 
 
-def answer(question: Question) -> bool:
-    """Ask every open row; True on the process that goes on to score."""
-    if question.backend == "openai":
-        _answer_by_endpoint(question)
-        return True
-    return _answer_by_transformers(question)
+def answer(question: Question) -> list[Row] | None:
+    """Ask every open row; all rows on the process that goes on to score, None on the others."""
+    return (_answer_by_endpoint if question.backend == "openai" else _answer_by_transformers)(question)
 
 
-def _answer_by_transformers(question: Question) -> bool:
+def _answer_by_transformers(question: Question) -> list[Row] | None:
     from huatuo_vision.evaluation import generate, likelihood
     from huatuo_vision.launch import start_processes
 
@@ -133,12 +130,12 @@ def _answer_by_transformers(question: Question) -> bool:
         )
     world.wait_for_everyone()
     if world.is_main_process:
-        _finish_answers(question, rows)
+        responses.merge(question.out, [(row.benchmark, row.id) for row in rows])
     world.destroy_process_group()
-    return world.is_main_process
+    return rows if world.is_main_process else None
 
 
-def _answer_by_endpoint(question: Question) -> None:
+def _answer_by_endpoint(question: Question) -> list[Row]:
     from huatuo_vision.evaluation import endpoint
 
     loaded = _load(question)
@@ -152,7 +149,8 @@ def _answer_by_endpoint(question: Question) -> None:
         endpoint.answer(
             open_rows, question.protocol, question.model, question.base_url, question.out, blind=question.blind
         )
-    _finish_answers(question, rows)
+    responses.merge(question.out, [(row.benchmark, row.id) for row in rows])
+    return rows
 
 
 def _load(question: Question) -> dict[str, Loaded]:
@@ -172,10 +170,10 @@ def _open_rows(out: Path, rows: Sequence[Row]) -> list[Row]:
 def _header(
     question: Question, loaded: Mapping[str, Loaded], weights: str | None, precision: str | None
 ) -> responses.Header:
-    from huatuo_vision.evaluation import endpoint
-
     model = question.model
     if question.backend == "openai":
+        from huatuo_vision.evaluation import endpoint
+
         model = endpoint.identity(question.model, question.base_url)
     return responses.Header(
         model=model,
@@ -192,15 +190,18 @@ def _header(
     )
 
 
-def _finish_answers(question: Question, rows: Sequence[Row]) -> None:
-    """All answers in one file, and small pictures of the rows that the report will show."""
-    answers = responses.merge(question.out, [(row.benchmark, row.id) for row in rows])
-    verdicts = [scorers.judge(answer, question.protocol) for answer in answers]
-    pictures.save_pictures(question.out, rows, report_samples.choose(answers, verdicts))
+def score(
+    out: Path,
+    protocol: Protocol,
+    rows: Sequence[Row] = (),
+    *,
+    judge: str | None = None,
+    judge_url: str | None = None,
+) -> dict[str, Any]:
+    """Grade `out`/responses.jsonl by the protocol's rules and write verdicts, scores and reports.
 
-
-def score(out: Path, protocol: Protocol, *, judge: str | None = None, judge_url: str | None = None) -> dict[str, Any]:
-    """Grade `out`/responses.jsonl by the protocol's rules and write verdicts, scores and reports."""
+    rows: where the pictures of what was asked are to be had, for the report; none for answers from elsewhere.
+    """
     answers = responses.read_responses(out / responses.RESPONSES_FILE)
     if not answers:
         raise UserError(f"{out / responses.RESPONSES_FILE} holds no answers, so there is nothing to score")
@@ -215,6 +216,7 @@ def score(out: Path, protocol: Protocol, *, judge: str | None = None, judge_url:
             result["benchmarks"][name]["judge"] = entry
     responses.write_whole(out / compare.VERDICTS_FILE, responses.json_lines([_verdict_line(v) for v in verdicts]))
     responses.write_whole(out / compare.SCORES_FILE, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    pictures.save_pictures(out, rows, report_samples.choose(answers, verdicts))
     report.write_reports(out, result, answers, verdicts)
     _write_submissions(out, answers, verdicts)
     return result
@@ -256,6 +258,14 @@ def take_responses(file: Path, out: Path, protocol: Protocol) -> None:
     """Make `out` the evaluation folder of a responses file that came from anywhere; the file itself stays as it is."""
     answers = responses.read_responses(file)
     beside = responses.read_header(file.parent) if (file.parent / responses.HEADER_FILE).exists() else None
+    if beside and out.resolve() == file.parent.resolve():
+        # Graded where they lie: the folder stays the evaluation that it is, and can be gone on with.
+        if beside.protocol != protocol.name:
+            raise UserError(
+                f"{out} holds answers asked under protocol {beside.protocol}; give --out a new folder to grade them by "
+                f"--protocol {protocol.name}"
+            )
+        return
     header = responses.Header(
         model=beside.model if beside else file.name,
         weights=beside.weights if beside else None,

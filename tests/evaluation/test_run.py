@@ -123,6 +123,19 @@ def test_two_results_are_compared_and_requirements_are_kept(command, tmp_path, c
     assert (tmp_path / "report" / "report.html").exists()
 
 
+def test_graded_where_they_lie_the_folder_stays_that_evaluation(command, model, tmp_path):
+    out = tmp_path / "out"
+    command("--model", model, "--out", out, *ask())
+    header = (out / "eval.json").read_bytes()
+    command("--responses", out / "responses.jsonl", "--out", out)
+    assert (out / "eval.json").read_bytes() == header
+    with pytest.raises(UserError, match="asked under protocol default; give --out a new folder"):
+        command("--responses", out / "responses.jsonl", "--out", out, "--protocol", "huatuo-2024")
+    # By another protocol's rules they are graded elsewhere, and are no result of it.
+    command("--responses", out / "responses.jsonl", "--out", tmp_path / "other", "--protocol", "huatuo-2024")
+    assert scores(tmp_path / "other")["backend"] is None
+
+
 def test_the_self_test_passes_and_says_so(command, capsys):
     assert command("--self-test") == 0
     assert "default" in capsys.readouterr().out
@@ -176,6 +189,7 @@ def test_an_endpoint_answers_and_a_killed_one_is_taken_up_again(command, tmp_pat
         (["--model", "m", "--out", "o", "--benchmarks", "vqa-rad=/no/where"], "/no/where does not exist"),
         (["--model", "m", "--out", "o", "--benchmarks", "phantom", "--backend", "openai"], "needs --base-url"),
         (["--responses", "r", "--out", "o", "--protocol", "strict"], "strict: no such protocol; expected one of def"),
+        (["--responses", "r", "--out", "o", "--blind"], "leave out the flags that say how to ask"),
         (["--responses", "r", "--out", "o", "--judge", "j"], "--judge needs --judge-url"),
     ],
 )
