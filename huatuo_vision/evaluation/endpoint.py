@@ -14,19 +14,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import ipaddress
-import os
 import time
 import zipfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
 import openai
-from openai.types.chat import ChatCompletion
 from rich.console import Console
 
 from huatuo_vision.evaluation.answers import progress_bar, response_of
@@ -34,6 +30,7 @@ from huatuo_vision.evaluation.protocols import Protocol
 from huatuo_vision.evaluation.responses import append, finished
 from huatuo_vision.evaluation.rows import Row
 from huatuo_vision.inputs.images import load_image
+from huatuo_vision.openai_endpoint import FATAL, NotAnAnswer, complete, connect, explained, host_of
 from huatuo_vision.schema import ImageRef, UserError, escape_placeholder
 
 RESPONSES_FILE = "responses.endpoint.jsonl"
@@ -49,7 +46,7 @@ Item = TypeVar("Item")
 
 def identity(model: str, base_url: str) -> str:
     """Which model answered: the endpoint's host and the name it is asked for by."""
-    return f"{_host(base_url)}/{model}"
+    return f"{host_of(base_url)}/{model}"
 
 
 def answer(
@@ -136,40 +133,6 @@ def _archive(path: str) -> zipfile.ZipFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    text: str
-    prompt_tokens: int | None  # None where the endpoint does not count
-    new_tokens: int | None
-
-
-class NotAnAnswer(Exception):
-    """What the endpoint sent is no chat completion; the text says what it is."""
-
-
-async def complete(client: openai.AsyncOpenAI, messages: list[dict[str, Any]], **settings: Any) -> Reply:
-    """Raises openai.OpenAIError or NotAnAnswer."""
-    try:
-        completion = await client.chat.completions.create(messages=messages, **settings)
-    except ValueError as error:  # JSON by its content type only
-        raise NotAnAnswer(f"no JSON ({_one_line(error)})") from None
-    # The client hands on what it can't parse as it is.
-    if not isinstance(completion, ChatCompletion):
-        raise NotAnAnswer(f"no JSON but {_one_line(completion)!r}")
-    choices = getattr(completion, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    if message is None:
-        raise NotAnAnswer("JSON without choices")
-    text = getattr(message, "content", None)
-    if text is None:
-        text = getattr(message, "refusal", None) or ""
-    if not isinstance(text, str):
-        raise NotAnAnswer("a message whose content is no text")
-    usage = getattr(completion, "usage", None)
-    prompt_tokens, new_tokens = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
-    return Reply(text, prompt_tokens, new_tokens)
-
-
-@dataclass(frozen=True, slots=True)
 class Failures(Generic[Item]):
     """Items without a result: those that failed, and those not tried any more."""
 
@@ -184,7 +147,8 @@ class Failures(Generic[Item]):
         item, error = self.failed[0]
         others = f" ({len(self.failed) - 1} others failed too)" if len(self.failed) > 1 else ""
         name = f" at row {item.id!r}" if isinstance(item, Row) else ""
-        return f"{_explained(error, model, _host(base_url))}{name}{others}"
+        said = explained(error, model, host_of(base_url), max_retries=MAX_RETRIES, timeout=TIMEOUT)
+        return f"{said}{name}{others}"
 
 
 def ask_all(
@@ -225,9 +189,7 @@ async def _ask_all(
             except (openai.OpenAIError, NotAnAnswer) as error:
                 failed.append((item, error))
                 failed_in_a_row += 1
-                fatal = fatal or isinstance(
-                    error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
-                )
+                fatal = fatal or isinstance(error, FATAL)
             else:
                 done += 1
                 failed_in_a_row = 0
@@ -236,80 +198,6 @@ async def _ask_all(
     waiting = iter(items)
     with progress_bar(doing, console=console) as progress:
         task = progress.add_task("rows", total=len(items))
-        async with openai.AsyncOpenAI(
-            base_url=base_url, api_key=_api_key(base_url), max_retries=MAX_RETRIES, timeout=TIMEOUT
-        ) as client:
+        async with connect(base_url, max_retries=MAX_RETRIES, timeout=TIMEOUT) as client:
             await asyncio.gather(*(work(waiting) for _ in range(min(concurrency, len(items)))))
     return Failures(failed, len(items) - done)
-
-
-def _host(base_url: str) -> str:
-    """Host and port alone: a URL can carry a password."""
-    try:
-        parts = urlsplit(base_url)
-        port = "" if parts.port is None else f":{parts.port}"
-    except ValueError:
-        parts, port = urlsplit(""), ""
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError("--base-url is no address of an endpoint; expected one like http://localhost:8000/v1")
-    return f"{parts.hostname}{port}"
-
-
-def _api_key(base_url: str) -> str:
-    key = os.environ.get("OPENAI_API_KEY")
-    if key:
-        return key
-    host = _host(base_url)
-    if not _is_local(urlsplit(base_url).hostname):
-        raise UserError(f"the endpoint {host} wants a key; set the environment variable OPENAI_API_KEY")
-    return "none"  # servers on one's own machines ask for none, but the client does
-
-
-def _is_local(hostname: str) -> bool:
-    try:
-        return ipaddress.ip_address(hostname).is_private
-    except ValueError:
-        return "." not in hostname or hostname.endswith((".local", ".localhost", ".internal"))
-
-
-def _explained(error: Exception, model: str, host: str) -> str:
-    tried = f"with up to {MAX_RETRIES} retries"
-    match error:
-        case NotAnAnswer():
-            return f"the endpoint {host} sent {error}; expected a chat completion, so check that --base-url ends in /v1"
-        case openai.APITimeoutError():
-            return f"the endpoint {host} did not answer within {TIMEOUT.read:.0f} s, {tried}; is it overloaded?"
-        case openai.APIConnectionError():
-            return f"the endpoint {host} can't be reached, {tried} ({_cause(error)}); is it running?"
-        case openai.AuthenticationError() | openai.PermissionDeniedError():
-            # Without its own words: some endpoints quote the key.
-            return f"the endpoint {host} refuses the key ({error.status_code}); correct OPENAI_API_KEY"
-        case openai.NotFoundError():
-            return (
-                f"the endpoint {host} knows no model {model!r} under this --base-url (404: {_detail(error)}); check "
-                "both, most list their models at /v1/models"
-            )
-        case openai.RateLimitError():
-            return f"the endpoint {host} says it is asked too often (429: {_detail(error)}), {tried}"
-        case openai.InternalServerError():
-            return f"the endpoint {host} failed ({error.status_code}: {_detail(error)}), {tried}; look into its log"
-        case openai.APIStatusError():
-            return f"the endpoint {host} refuses the request ({error.status_code}: {_detail(error)})"
-    return f"the endpoint {host} sent no answer that can be read ({_one_line(error)})"
-
-
-def _detail(error: openai.APIStatusError) -> str:
-    body = error.body
-    said = body.get("message") if isinstance(body, Mapping) else None
-    key = os.environ.get("OPENAI_API_KEY")
-    words = _one_line(said or error.message)
-    return words.replace(key, "***") if key else words
-
-
-def _cause(error: Exception) -> str:
-    return _one_line(error.__cause__ or error)
-
-
-def _one_line(said: object, length: int = 200) -> str:
-    words = " ".join(str(said).split()).rstrip(".")
-    return words if len(words) <= length else f"{words[:length]}..."

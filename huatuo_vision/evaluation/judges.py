@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import openai
 from rich.console import Console
 
-from huatuo_vision.evaluation.endpoint import ask_all, complete
+from huatuo_vision.evaluation.endpoint import ask_all
 from huatuo_vision.evaluation.protocols import PROMPTS
 from huatuo_vision.evaluation.responses import append
+from huatuo_vision.openai_endpoint import complete
 from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:

@@ -10,12 +10,9 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from huatuo_vision.caption_requests import caption_request
 from huatuo_vision.recipe import SourceSpec
 from huatuo_vision.schema import IMAGE_PLACEHOLDER, ROLES, BadSample, ImageRef, Message, Sample, escape_placeholder
 
@@ -207,19 +204,11 @@ def _description(answer: str, n_images: int, context: RowContext) -> list[Messag
     """A request to describe the images, chosen by the row's id, and the caption as its answer."""
     if n_images == 0:
         raise context.refuse("has an empty list of images; a caption describes at least one")
-    requests = caption_requests()[context.spec.language]["one" if n_images == 1 else "several"]
-    digest = hashlib.sha256(context.row_id.encode()).digest()
-    request = requests[int.from_bytes(digest[:8]) % len(requests)]
+    request = caption_request(context.row_id, n_images, context.spec.language)
     return [
         Message("user", f"{IMAGE_PLACEHOLDER}\n" * n_images + request),
         Message("assistant", escape_placeholder(answer)),
     ]
-
-
-@lru_cache
-def caption_requests() -> dict[str, dict[str, list[str]]]:
-    """language -> one or several images -> the requests."""
-    return yaml.safe_load(Path(__file__).with_name("caption_requests.yaml").read_text(encoding="utf-8"))
 
 
 def _turns(row: Row, key: str, context: RowContext) -> list[Message]:

@@ -194,7 +194,7 @@ def test_an_endpoint_that_only_fails_is_not_asked_for_ever(tmp_path, kind):
     [
         (401, "refuses the key .401.; correct OPENAI_API_KEY"),
         (403, "refuses the key .403.; correct OPENAI_API_KEY"),
-        (404, "knows no model 'm' under this --base-url .404: because .* is wrong"),
+        (404, "knows no model 'm' under this base URL .404: because .* is wrong"),
     ],
 )
 def test_a_wrong_key_or_model_ends_the_run_at_once_and_the_key_is_nowhere(
@@ -271,7 +271,7 @@ def test_strangers_get_no_dummy_key_and_bad_addresses_are_said(tmp_path):
     with pytest.raises(UserError, match="endpoint api.example.com wants a key; set .* OPENAI_API_KEY"):
         ask(named(1), "https://user:password@api.example.com/v1", tmp_path)
     for url in ("localhost:8000", "http://", "ftp://x/v1", "http://x:port/v1"):
-        with pytest.raises(UserError, match="--base-url is no address"):
+        with pytest.raises(UserError, match="base URL is no address"):
             ask(named(1), url, tmp_path)
     for host in ("localhost", "127.0.0.1", "10.1.2.3", "[::1]", "gpu-box", "gpu.local"):
         assert backend._api_key(f"http://{host}:8000/v1") == "none"

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from huatuo_vision.caption_requests import caption_requests
 from huatuo_vision.inputs import sources
-from huatuo_vision.inputs.adapters import caption_requests
 from huatuo_vision.inputs.images import load_image
 from huatuo_vision.inputs.sources import Source, ensure_made, open_source
 from huatuo_vision.recipe import SourceSpec
