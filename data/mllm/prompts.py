@@ -1,0 +1,92 @@
+"""The texts an MLLM is asked with: files in `data/prompts/`, one a method, in our own words."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+import yaml
+
+Method = Literal["native_caption", "llm_reformatted", "mllm_distill", "mllm_reformatted"]
+# The paper's four ways to make a description (arXiv 2406.19280, section 4.4): the caption as it is, text only,
+# image only, and image and text together ("unblinded").
+METHODS: tuple[Method, ...] = ("native_caption", "llm_reformatted", "mllm_distill", "mllm_reformatted")
+SENDS_IMAGES: tuple[Method, ...] = ("mllm_distill", "mllm_reformatted")
+SENDS_TEXT: tuple[Method, ...] = ("llm_reformatted", "mllm_reformatted")
+
+FOLDER = Path(__file__).parents[1] / "prompts"
+
+# Labels that consumers of PubMedVision know; the released rows hold strays besides.
+MODALITIES = (
+    "Computed Tomography", "Magnetic Resonance Imaging", "X-Ray", "Ultrasound", "Nuclear Imaging", "Angiography",
+    "Microscopy Images", "Endoscopy", "Fundus Photography", "Optical Coherence Tomography", "Dermoscopy",
+    "Infrared Reflectance Imaging", "Digital Photography", "Others",
+)  # fmt: skip
+BODY_PARTS = (
+    "Head", "Brain", "Eye", "Oral Cavity", "Neck", "Chest", "Breast", "Abdomen", "Gastrointestinal Tract",
+    "Pelvic Cavity", "Spine", "Upper Limb", "Lower Limb", "Foot", "Skin", "Cell", "Others",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    name: str
+    text: str
+
+
+@lru_cache
+def scenarios() -> tuple[Scenario, ...]:
+    return tuple(Scenario(**entry) for entry in yaml.safe_load((FOLDER / "scenarios.yaml").read_text(encoding="utf-8")))
+
+
+def scenario_of(row_id: str, seed: int) -> Scenario:
+    """The row's scenario: each of the ten equally often, the same for the same seed whatever else is in the data."""
+    digest = hashlib.sha256(f"{seed}\0{row_id}".encode()).digest()
+    return scenarios()[int.from_bytes(digest[:8]) % len(scenarios())]
+
+
+@lru_cache
+def prompt_version(method: Method) -> str:
+    """Changes with every word that an MLLM is asked with under this method."""
+    names = (f"{method}.jinja", "answer_format.jinja", "ask_again.jinja", "scenarios.yaml")
+    texts = [(FOLDER / name).read_text(encoding="utf-8") for name in names]
+    return f"{method}-{hashlib.sha256(repr((texts, MODALITIES, BODY_PARTS)).encode()).hexdigest()[:12]}"
+
+
+def render_prompt(method: Method, n_images: int, scenario: Scenario, reference: str) -> str:
+    text = _environment().get_template(f"{method}.jinja")
+    values = {"modalities": MODALITIES, "body_parts": BODY_PARTS, "scenario": scenario.text, "n_images": n_images}
+    return text.render(reference=reference, **values).strip()
+
+
+def render_ask_again(problem: str) -> str:
+    return _environment().get_template("ask_again.jinja").render(problem=problem).strip()
+
+
+def reference_text(caption: str, mentions: Sequence[str], max_chars: int) -> tuple[str, int]:
+    """Caption and in-text mentions as one text, and how many mentions did not fit in and were left out.
+
+    Text that closes the tags around it would speak with our voice; it is defused.
+    """
+    kept, room = [caption], max_chars - len(caption)
+    for mention in mentions:
+        if len(mention) > room:
+            break
+        kept.append(mention)
+        room -= len(mention)
+    text = "\n\n".join(kept).replace("<reference>", "< reference >").replace("</reference>", "< /reference >")
+    return text, len(mentions) + 1 - len(kept)
+
+
+@lru_cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # plain text
+    )
