@@ -13,6 +13,7 @@ import openai
 import pytest
 from PIL import Image
 
+from huatuo_vision import openai_endpoint
 from huatuo_vision.evaluation import endpoint as backend
 from huatuo_vision.evaluation.protocols import PROTOCOLS
 from huatuo_vision.schema import ImageRef, UserError
@@ -274,7 +275,7 @@ def test_strangers_get_no_dummy_key_and_bad_addresses_are_said(tmp_path):
         with pytest.raises(UserError, match="base URL is no address"):
             ask(named(1), url, tmp_path)
     for host in ("localhost", "127.0.0.1", "10.1.2.3", "[::1]", "gpu-box", "gpu.local"):
-        assert backend._api_key(f"http://{host}:8000/v1") == "none"
+        assert openai_endpoint._api_key(f"http://{host}:8000/v1") == "none"
 
 
 def test_the_models_identity_is_host_and_name():
