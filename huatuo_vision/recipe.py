@@ -490,10 +490,10 @@ def _validate(values: dict[str, Any], path: Path) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"recipe {path}: {_first_sentence(error)}") from None
+        raise UserError(f"recipe {path}: {first_sentence(error)}") from None
 
 
-def _first_sentence(error: ValidationError) -> str:
+def first_sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "recipe":

@@ -1,0 +1,164 @@
+"""A builder's configuration: one YAML file that says everything about one data set, a section for each stage.
+
+`load_config` reads the file and refuses what it does not know with the nearest valid name. Paths are relative to the
+folder that the command runs in. No secret has a place here: keys are only ever read from the environment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from huatuo_vision.recipe import Strict, first_sentence
+from huatuo_vision.schema import UserError
+
+# Licences under which a figure may be cropped, rescaled and passed on. ND forbids adaptations and NC commerce: whoever
+# may use such figures names their licences in the configuration.
+OPEN_LICENCES = ("CC0", "CC-BY", "CC-BY-SA")
+
+
+def refuse(message: str) -> PydanticCustomError:
+    return PydanticCustomError("recipe", "{message}", {"message": message})
+
+
+class Columns(Strict):
+    """Which column (or key) of a pairs file holds what."""
+
+    id: str = "id"
+    image: str = Field("image", description="one file name or a list of them, relative to the source folder")
+    caption: str = "caption"
+    context: str | None = Field("context", description="further text about the image: a report, in-text mentions")
+    article: str | None = Field("article", description="what the rows of one article, study or patient have in common")
+    licence: str | None = "licence"
+    source: str | None = "source"
+
+
+class Ingest(Strict):
+    """Reading the source into images and pairs."""
+
+    kind: Literal["articles", "pairs"] = Field(
+        "articles", description="articles: JATS with figure files; pairs: JSON Lines or Parquet of image and caption"
+    )
+    licences: tuple[str, ...] = Field(
+        OPEN_LICENCES, description="articles: what may be used, without version numbers; all others are dropped"
+    )
+    sub_articles: bool = Field(False, description="articles: figures of decision letters and author responses too")
+    articles: str | None = Field(
+        None,
+        description="articles to read, one a line, or PMC's inventory (csv, csv.gz); None: all there are",
+    )
+    storage_options: dict[str, Any] = Field({}, description="of fsspec, for a source such as s3://; {anon: true}")
+    columns: Columns = Columns()
+    licence: str | None = Field(None, description="pairs: the licence of rows that name none; without it they drop")
+    source: str | None = Field(None, description="pairs: what the rows' source is called, where they don't say")
+    window: tuple[float, float] | None = Field(
+        None, description="DICOM: centre and width, in place of the file's own window"
+    )
+    shard_size: PositiveInt = Field(200, description="articles, or rows of a pairs file, that one task reads")
+
+
+class TextFilter(Strict):
+    """At least `min_terms` distinct terms of a medical vocabulary in caption and context."""
+
+    vocabulary: str | None = Field(
+        None, description="a term a line, as python -m data.filters.vocabulary writes; None: the short list of our own"
+    )
+    min_terms: int = Field(5, ge=0)
+
+
+class ImageEncoder(Strict):
+    """What turns pictures into vectors. `clip` is the paper's way; `small` needs no weights, for tests and demos."""
+
+    kind: Literal["clip", "small"] = "clip"
+    id: str | None = Field(None, description="clip: the model's Hub id or folder")
+    revision: str | None = None
+    batch_size: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageEncoder:
+        if (self.kind == "clip") != (self.id is not None):
+            raise refuse("encoder clip needs an id (a CLIP model on the Hub or a folder); encoder small has none")
+        return self
+
+
+class ImageFilter(Strict):
+    """Resolution, then medical or not."""
+
+    min_side: PositiveInt = Field(336, description="pixels of the shorter side")
+    encoder: ImageEncoder = ImageEncoder(kind="small")
+    classifier: str | None = Field(
+        None, description="as python -m data.filters.classifier writes; None: no picture is dropped as not medical"
+    )
+    threshold: float | None = Field(None, ge=0, le=1, description="in place of the classifier's own")
+
+
+class CaptionEncoder(Strict):
+    """What turns captions into vectors. `hashing` compares words, not meaning; it needs no weights."""
+
+    kind: Literal["sentence-transformers", "hashing"] = "sentence-transformers"
+    id: str | None = None
+    revision: str | None = None
+    batch_size: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _check(self) -> CaptionEncoder:
+        if (self.kind == "sentence-transformers") != (self.id is not None):
+            raise refuse("encoder sentence-transformers needs an id (on the Hub or a folder); encoder hashing has none")
+        return self
+
+
+class Guard(Strict):
+    """Rows that overlap the evaluation sets."""
+
+    benchmarks: dict[str, str | None] = Field(
+        {}, description="names as eval.py knows them, each with a local copy, or null for the Hub"
+    )
+    on_overlap: Literal["drop", "flag"] = "drop"
+    question_words: PositiveInt = Field(8, description="a question overlaps by so many words in a row")
+
+
+class Dedup(Strict):
+    """Exact and perceptual hashes of images, then nearness of captions."""
+
+    max_hash_distance: int = Field(60, ge=0, le=128, description="of 256 bits; images no further apart are the same")
+    encoder: CaptionEncoder = CaptionEncoder(kind="hashing")
+    min_cosine: float = Field(0.95, gt=0, le=1, description="captions at least this near are the same")
+    guard: Guard = Guard()
+
+
+class Executor(Strict):
+    """How tasks are run. Changes nothing in the result."""
+
+    workers: PositiveInt | None = Field(None, description="local: processes at once; None: one a core")
+    slurm: dict[str, Any] = Field({}, description="arguments of datatrove's SlurmPipelineExecutor: partition, ...")
+    ray: dict[str, Any] = Field({}, description="arguments of datatrove's RayPipelineExecutor")
+
+
+class BuildConfig(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    ingest: Ingest = Ingest()
+    text_filter: TextFilter = TextFilter()
+    image_filter: ImageFilter = ImageFilter()
+    dedup: Dedup = Dedup()
+    executor: Executor = Executor()
+    seed: int = Field(0, ge=0)
+
+
+def load_config(path: Path) -> BuildConfig:
+    """Raises UserError, in one sentence, for anything the file gets wrong."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"configuration {path} does not exist; data/pubmedvision.yaml is the shipped one") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"configuration {path} is not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"configuration {path} is empty or not a mapping; expected keys such as name, ingest, dedup")
+    try:
+        return BuildConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"configuration {path}: {first_sentence(error)}") from None
