@@ -130,6 +130,80 @@ class Dedup(Strict):
     guard: Guard = Guard()
 
 
+class Prices(Strict):
+    """What an endpoint charges for a million tokens. None is built in: prices go stale."""
+
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+    cached_input: float | None = Field(None, ge=0, description="None: as input")
+    batch_discount: float = Field(0.5, ge=0, lt=1, description="what the batch route costs less")
+    currency: str = "USD"
+
+
+class Reformat(Strict):
+    """Descriptions and questions by a multimodal language model (MLLM) behind an OpenAI-compatible endpoint."""
+
+    method: Literal["native_caption", "llm_reformatted", "mllm_distill", "mllm_reformatted"] = Field(
+        "native_caption",
+        description="the caption as it is; from text alone; from images alone; from both (the paper's)",
+    )
+    model: str | None = Field(None, description="as the endpoint calls it; every method but native_caption needs one")
+    base_url: str | None = Field(None, description="of the endpoint; None: OPENAI_BASE_URL")
+    route: Literal["online", "batch"] = Field(
+        "online", description="batch: answers come from python -m data.batch, and the stage asks nobody"
+    )
+    temperature: float | None = Field(None, ge=0, description="None: the endpoint's default")
+    max_tokens: PositiveInt = 2048
+    max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="what the endpoint calls it; some models know only the second"
+    )
+    extra_body: dict[str, Any] = Field({}, description="further parameters of a request: top_p, reasoning_effort, ...")
+    image_side: PositiveInt = Field(1024, description="pixels; a longer side is made smaller for the request")
+    jpeg_quality: int = Field(90, ge=1, le=100)
+    max_reference_chars: PositiveInt = Field(12_000, description="in-text mentions beyond it are not sent")
+    seed: int = Field(0, description="of the scenarios")
+    concurrency: PositiveInt = Field(8, description="requests at once, in each task")
+    max_retries: int = Field(8, ge=0, description="of what may pass: no connection, timeouts, 408, 409, 429, 5xx")
+    timeout: float = Field(300.0, gt=0, description="seconds")
+    max_failed_share: float = Field(0.05, ge=0, le=1, description="of a task's rows; above it the run stops")
+    prices: Prices | None = None
+    max_cost: float | None = Field(
+        None, gt=0, description="in the prices' currency, over all runs into the same folder; the run stops below it"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Reformat:
+        if self.method != "native_caption" and self.model is None:
+            raise refuse(f"method {self.method} asks a model; set model to the name that the endpoint knows it by")
+        if self.max_cost is not None and self.prices is None:
+            raise refuse("max_cost needs prices: {input: ..., output: ...}, for a million tokens each")
+        if self.base_url is not None and "@" in self.base_url:
+            raise refuse("base_url holds a user name or password; leave them out, keys come from OPENAI_API_KEY")
+        return self
+
+    def decides(self) -> dict[str, Any]:
+        """What the answers depend on; the rest says where, how fast and for how much they are had."""
+        elsewhere = {"base_url", "route", "concurrency", "max_retries", "timeout", "max_failed_share", "prices"}
+        return self.model_dump(exclude=elsewhere | {"max_cost", "max_tokens_parameter"})
+
+
+class Assemble(Strict):
+    """The files of the finished data set."""
+
+    shard_bytes: PositiveInt = Field(500 * 10**6, description="of images in one Parquet file, about")
+    pubmedvision_files: bool = Field(
+        True, description="PubMedVision's own layout beside Parquet: JSON and zip archives; takes as much disk again"
+    )
+
+
+class Publish(Strict):
+    """Where the finished data set is pushed."""
+
+    repo_id: str
+    private: bool = True
+    revision: str = "main"
+
+
 class Executor(Strict):
     """How tasks are run. Changes nothing in the result."""
 
@@ -144,6 +218,9 @@ class BuildConfig(Strict):
     text_filter: TextFilter = TextFilter()
     image_filter: ImageFilter = ImageFilter()
     dedup: Dedup = Dedup()
+    reformat: Reformat = Reformat()
+    assemble: Assemble = Assemble()
+    publish: Publish | None = None
     executor: Executor = Executor()
     seed: int = Field(0, ge=0)
 

@@ -8,6 +8,7 @@ flight are then waited for, since they are paid for, and the same command goes o
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ from dataclasses import dataclass, field
 
 import openai
 
+from data.config import Reformat
 from data.mllm.answers import STATES, Answer, Outcome, State, judge
 from data.mllm.cache import AnswerCache, Kept, Usage, spent
 from data.mllm.requests import Figure, Rejected, request_body, request_key
-from data.mllm.settings import Reformat
 from huatuo_vision.openai_endpoint import FATAL, NotAnAnswer, Reply, complete, connect, explained, host_of
 from huatuo_vision.schema import UserError
 
@@ -73,7 +74,7 @@ class Asker:
     async def __aenter__(self) -> Asker:
         self._stack = AsyncExitStack()
         if self.settings.route == "online":
-            self._base_url = self.settings.endpoint()
+            self._base_url = base_url(self.settings)
             self._host = host_of(self._base_url)
             self._timeout = openai.Timeout(self.settings.timeout, connect=10.0)
             client = connect(self._base_url, max_retries=self.settings.max_retries, timeout=self._timeout)
@@ -212,6 +213,17 @@ class Asker:
         self._since_look = 0
         if self.settings.prices and self.settings.max_cost:
             self._spent = spent(self.cache.usage(), self.settings.prices)
+
+
+def base_url(settings: Reformat) -> str:
+    """Where the endpoint is. Raises UserError where nothing says so."""
+    url = settings.base_url or os.environ.get("OPENAI_BASE_URL")
+    if not url:
+        raise UserError(
+            "reformat.base_url is not set, and neither is OPENAI_BASE_URL; expected the address of an "
+            "OpenAI-compatible endpoint, like http://localhost:8000/v1"
+        )
+    return url
 
 
 def kept_reply(key: str, attempt: int, reply: Reply, *, batch: bool = False, seconds: float | None = None) -> Kept:

@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.config import Prices
 from data.mllm.answers import State
-from data.mllm.settings import Prices
 from huatuo_vision.schema import UserError
 
 _SCHEMA = """

@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import jinja2
 import yaml
 
-Method = Literal["native_caption", "llm_reformatted", "mllm_distill", "mllm_reformatted"]
-# The paper's four ways to make a description (arXiv 2406.19280, section 4.4): the caption as it is, text only,
-# image only, and image and text together ("unblinded").
-METHODS: tuple[Method, ...] = ("native_caption", "llm_reformatted", "mllm_distill", "mllm_reformatted")
-SENDS_IMAGES: tuple[Method, ...] = ("mllm_distill", "mllm_reformatted")
-SENDS_TEXT: tuple[Method, ...] = ("llm_reformatted", "mllm_reformatted")
+# Of the paper's four ways to make a description (arXiv 2406.19280, section 4.4), the three that ask a model: from text
+# only, from images only, and from both ("unblinded").
+SENDS_IMAGES = ("mllm_distill", "mllm_reformatted")
+SENDS_TEXT = ("llm_reformatted", "mllm_reformatted")
 
 FOLDER = Path(__file__).parents[1] / "prompts"
 
@@ -51,14 +48,14 @@ def scenario_of(row_id: str, seed: int) -> Scenario:
 
 
 @lru_cache
-def prompt_version(method: Method) -> str:
+def prompt_version(method: str) -> str:
     """Changes with every word that an MLLM is asked with under this method."""
     names = (f"{method}.jinja", "answer_format.jinja", "ask_again.jinja", "scenarios.yaml")
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in names]
     return f"{method}-{hashlib.sha256(repr((texts, MODALITIES, BODY_PARTS)).encode()).hexdigest()[:12]}"
 
 
-def render_prompt(method: Method, n_images: int, scenario: Scenario, reference: str) -> str:
+def render_prompt(method: str, n_images: int, scenario: Scenario, reference: str) -> str:
     text = _environment().get_template(f"{method}.jinja")
     values = {"modalities": MODALITIES, "body_parts": BODY_PARTS, "scenario": scenario.text, "n_images": n_images}
     return text.render(reference=reference, **values).strip()

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from data.config import Reformat
 from data.mllm.answers import response_format
 from data.mllm.prompts import (
     SENDS_IMAGES,
@@ -27,7 +28,6 @@ from data.mllm.prompts import (
     render_prompt,
     scenario_of,
 )
-from data.mllm.settings import Reformat
 from huatuo_vision.inputs.images import load_image
 from huatuo_vision.schema import ImageRef
 
@@ -60,9 +60,7 @@ def request_key(figure: Figure, settings: Reformat) -> str:
         "model": settings.model,
         "prompt": prompt_version(settings.method),
         "scenario": scenario(figure, settings).name,
-        "settings": settings.model_dump(
-            include={"temperature", "max_tokens", "extra_body", "image_side", "jpeg_quality", "max_reference_chars"}
-        ),
+        "settings": settings.decides(),
         "images": figure.image_sha256 if settings.method in SENDS_IMAGES else len(figure.image_sha256),
         "text": [figure.caption, *figure.mentions] if settings.method in SENDS_TEXT else None,
     }

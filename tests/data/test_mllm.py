@@ -11,12 +11,12 @@ import sqlite3
 import pytest
 from PIL import Image
 
+from data.config import Prices, Reformat
 from data.mllm.answers import judge, response_format
-from data.mllm.ask import Asked, Asker, Stopped
+from data.mllm.ask import Asked, Asker, Stopped, base_url
 from data.mllm.cache import AnswerCache, Kept, Usage, spent
-from data.mllm.prompts import METHODS, SENDS_IMAGES, SENDS_TEXT, prompt_version, render_prompt, scenario_of, scenarios
+from data.mllm.prompts import SENDS_IMAGES, SENDS_TEXT, prompt_version, render_prompt, scenario_of, scenarios
 from data.mllm.requests import Figure, Rejected, data_url, request_body, request_key
-from data.mllm.settings import Prices, Reformat
 from huatuo_vision.openai_endpoint import Reply
 from huatuo_vision.schema import UserError
 from tests.data.endpoint import ANSWER, Script, good, prompt_of, said
@@ -31,6 +31,9 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
 
+METHODS = ("llm_reformatted", "mllm_distill", "mllm_reformatted")
+
+
 def picture(side: int = 40, mode: str = "RGB", **save: object) -> bytes:
     file = io.BytesIO()
     Image.new(mode, (side, side // 2), "teal" if mode == "RGB" else 0).save(file, "PNG", **save)
@@ -42,7 +45,7 @@ def figure(word: str = "", n: int = 0, n_images: int = 1) -> Figure:
 
 
 def settings(**changed: object) -> Reformat:
-    return Reformat(**{"model": "m", "max_retries": 2, "concurrency": 4} | changed)
+    return Reformat(**{"method": "mllm_reformatted", "model": "m", "max_retries": 2, "concurrency": 4} | changed)
 
 
 def ask(figures: list[Figure], asked_with: Reformat, folder, writer: str = "0", asker_out: list | None = None):
@@ -62,7 +65,7 @@ def ask(figures: list[Figure], asked_with: Reformat, folder, writer: str = "0", 
 
 
 def test_every_method_sends_what_its_name_says() -> None:
-    for method in METHODS[1:]:
+    for method in METHODS:
         body = request_body(figure("caption-word", n_images=2), [picture(), picture()], settings(method=method))
         content = body["messages"][0]["content"]
         assert [part["type"] for part in content].count("image_url") == (2 if method in SENDS_IMAGES else 0)
@@ -125,8 +128,8 @@ def test_the_key_changes_with_all_that_decides_the_answer_and_with_nothing_else(
 
 
 def test_prompts_name_no_other_methods_words() -> None:
-    assert len({prompt_version(method) for method in METHODS[1:]}) == 3
-    for method in METHODS[1:]:
+    assert len({prompt_version(method) for method in METHODS}) == 3
+    for method in METHODS:
         for n_images in (1, 3):
             text = render_prompt(method, n_images, scenarios()[0], "REF")
             assert ("3 images" in text) == (n_images == 3), text
@@ -350,15 +353,15 @@ def test_settings_say_what_is_missing(monkeypatch) -> None:
     for wrong, text in (
         ({"model": None}, "set model"),
         ({"max_cost": 1}, "needs prices"),
-        ({"methode": "x"}, "methode"),
+        ({"methode": "x"}, "did you mean .method."),
+        ({"base_url": "http://me:pass@host/v1"}, "holds a user name or password"),
     ):
         with pytest.raises(ValueError, match=text):
             settings(**wrong)
-    assert not Reformat(method="native_caption").asks
     with pytest.raises(UserError, match="OPENAI_BASE_URL"):
-        settings().endpoint()
+        base_url(settings())
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
-    assert settings().endpoint() == "http://localhost:1/v1"
+    assert base_url(settings()) == "http://localhost:1/v1"
 
 
 def test_asking_again_names_the_rejected_reply() -> None:

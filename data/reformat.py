@@ -1,0 +1,126 @@
+"""Stage reformat: a description, and a question with its answer, for every figure, by one of four methods.
+
+Only rows in the state ok go on; refused, truncated, invalid and failed ones are dropped under that name. Answers lie
+in `<run>/answers/`, which no other stage and no change of settings ever empties: they were paid for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from datatrove.pipeline.base import PipelineStep
+
+from data.config import Reformat
+from data.mllm.ask import Asked, Asker, Stopped
+from data.mllm.cache import AnswerCache
+from data.mllm.prompts import prompt_version
+from data.mllm.requests import Figure, scenario
+from data.steps import Pass, Rows, row_pass
+from data.tables import Dropped, Pair, RunFolder
+
+STAGE, PREVIOUS = "reformat", "dedup"
+# Rows are passed on in their own order: while one is slow, so many requests' worth of others may be ahead of it.
+_AHEAD = 4
+
+
+def reformat_pass(run: RunFolder, settings: Reformat, tasks: int) -> Pass:
+    version = None if settings.method == "native_caption" else prompt_version(settings.method)
+    decides = {"settings": settings.decides(), "prompt_version": version}
+    return row_pass(run, STAGE, PREVIOUS, tasks, (Describe(run, settings),), decides)
+
+
+def answers_folder(run: RunFolder) -> Path:
+    return run.path / "answers"
+
+
+def figure_of(pair: Pair) -> Figure:
+    return Figure(pair.id, pair.image_ids, pair.caption, pair.context)
+
+
+class Describe(PipelineStep):
+    """A `Pair` -> the pair with its description, or Dropped with the state it ended in."""
+
+    type, name = "mllm", "describe"
+
+    def __init__(self, run: RunFolder, settings: Reformat):
+        super().__init__()
+        self.run_folder, self.settings = run, settings
+
+    def run(self, data: Rows, rank: int = 0, world_size: int = 1) -> Rows:
+        if self.settings.method == "native_caption":
+            yield from map(_native, data)
+            return
+        with (
+            AnswerCache(answers_folder(self.run_folder), f"{rank:05d}") as cache,
+            self.run_folder.images(rank) as images,
+        ):
+            one_at_a_time = threading.Lock()  # pictures are read in worker threads
+
+            def read_images(figure: Figure) -> list[bytes]:
+                with one_at_a_time:
+                    return [images.get(image_id) for image_id in figure.image_sha256]
+
+            yield from _in_order(data, Asker(self.settings, cache, read_images), self.settings)
+
+
+def _in_order(rows: Rows, asker: Asker, settings: Reformat) -> Iterator[Pair | Dropped]:
+    """Ask about `concurrency` figures at once, and pass the rows on in their own order.
+
+    The source is read only as fast as answers come, so nothing piles up. Raises Stopped after the requests in flight
+    have ended.
+    """
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        runner.run(asker.__aenter__())
+        waiting: deque[tuple[Pair | Dropped, asyncio.Task[Asked] | None]] = deque()
+        try:
+            for row in rows:
+                task = loop.create_task(asker.ask(figure_of(row))) if isinstance(row, Pair) else None
+                waiting.append((row, task))
+                if len(waiting) >= _AHEAD * settings.concurrency:
+                    yield _finish(loop, *waiting.popleft(), settings)
+            while waiting:
+                yield _finish(loop, *waiting.popleft(), settings)
+            if asker.stopped is not None:
+                raise asker.stopped
+        except Stopped:
+            open_tasks = [task for _, task in waiting if task is not None]
+            loop.run_until_complete(asyncio.gather(*open_tasks, return_exceptions=True))
+            raise
+        finally:
+            runner.run(asker.__aexit__())
+
+
+def _finish(
+    loop: asyncio.AbstractEventLoop, row: Pair | Dropped, task: asyncio.Task[Asked] | None, settings: Reformat
+) -> Pair | Dropped:
+    if task is None:
+        return row
+    return _described(row, loop.run_until_complete(task), settings)
+
+
+def _described(pair: Pair, asked: Asked, settings: Reformat) -> Pair | Dropped:
+    if asked.answer is None:
+        return Dropped(pair.id, asked.state, asked.problem or "")
+    return replace(
+        pair,
+        method=settings.method,
+        scenario=scenario(figure_of(pair), settings).name,
+        prompt_version=prompt_version(settings.method),
+        model=asked.model or settings.model,
+        state=asked.state,
+        **asked.answer.model_dump(),
+    )
+
+
+def _native(row: Pair | Dropped) -> Pair | Dropped:
+    if isinstance(row, Dropped):
+        return row
+    if not row.caption.strip():
+        return Dropped(row.id, "no_caption", "a native caption is all that this method has")
+    return replace(row, method="native_caption", state="ok", description=row.caption)
