@@ -1,0 +1,131 @@
+"""Pictures and captions as vectors of length 1: by the models that the paper used, or by small stand-ins of our own.
+
+The stand-ins need no weights. They serve tests, demonstrations and machines without a network, and whatever they make
+says so: `small` sees colours, brightness and edges and no content; `hashing` compares wording and no meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.config import CaptionEncoder, ImageEncoder
+from huatuo_vision.schema import UserError
+
+EncodeImages = Callable[[Sequence[Image.Image]], np.ndarray]
+EncodeTexts = Callable[[Sequence[str]], np.ndarray]
+
+_SIDE = 128  # pixels; the small encoder looks at pictures of this size
+_HASHED = 512  # dimensions of hashed captions
+
+
+def encoder_name(settings: ImageEncoder | CaptionEncoder) -> str:
+    """As reports and folders call it."""
+    if settings.id is None:
+        return f"{settings.kind}-v1"
+    return "-".join([settings.kind, settings.id.strip("/").replace("/", "--"), *filter(None, [settings.revision])])
+
+
+@lru_cache(maxsize=1)
+def image_encoder(settings: ImageEncoder) -> EncodeImages:
+    """RGB pictures to float32 of shape (pictures, dimensions). Once a process. Raises UserError for a missing model."""
+    if settings.kind == "small":
+        return lambda images: _unit(np.stack([_look(image) for image in images]))
+    import torch
+    from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # The PIL backend, as in training: resizing by another library gives other pixels.
+        processor = AutoImageProcessor.from_pretrained(settings.id, revision=settings.revision, backend="pil")
+        model = CLIPVisionModelWithProjection.from_pretrained(settings.id, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        raise _unavailable("image_filter.encoder", settings.id, error) from None
+    model = model.eval().to(device)
+
+    @torch.inference_mode()
+    def encode(images: Sequence[Image.Image]) -> np.ndarray:
+        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"].to(device)
+        return _unit(model(pixel_values=pixels).image_embeds.float().cpu().numpy())
+
+    return encode
+
+
+@lru_cache(maxsize=1)
+def caption_encoder(settings: CaptionEncoder) -> EncodeTexts:
+    """Texts to float32 of shape (texts, dimensions). Once a process. Raises UserError for a missing model."""
+    if settings.kind == "hashing":
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        vectorizer = HashingVectorizer(n_features=_HASHED, ngram_range=(1, 2), norm="l2", dtype=np.float32)
+        return lambda texts: vectorizer.transform(texts).toarray()
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise UserError(
+            "dedup.encoder: sentence-transformers is not installed; pip install sentence-transformers, or use "
+            "{kind: hashing}, which compares wording only"
+        ) from None
+    try:
+        model = SentenceTransformer(settings.id, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        raise _unavailable("dedup.encoder", settings.id, error) from None
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "show_progress_bar": False}
+    return lambda texts: model.encode(list(texts), normalize_embeddings=True, **options).astype(np.float32)
+
+
+def _unavailable(key: str, id_: str | None, error: Exception) -> UserError:
+    text = " ".join(str(error).split())[:200]
+    return UserError(f"{key}: the model {id_} can't be loaded ({text}); download it first, or name a folder")
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _look(image: Image.Image) -> np.ndarray:
+    """109 numbers about a picture, each between 0 and 1: what tells photographs from drawings and plots."""
+    small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    rgb = np.asarray(small, np.float32) / 255
+    hue, saturation, value = np.moveaxis(np.asarray(small.convert("HSV"), np.float32) / 255, -1, 0)
+    grey = rgb.mean(axis=-1)
+    down, right = np.gradient(grey)
+    strength = np.hypot(down, right)
+    angle = np.mod(np.arctan2(down, right), np.pi)
+    cells = _SIDE // 4
+    oriented = [
+        np.histogram(
+            angle[r : r + cells, c : c + cells], 4, (0, np.pi), weights=strength[r : r + cells, c : c + cells]
+        )[0]
+        for r in range(0, _SIDE, cells)
+        for c in range(0, _SIDE, cells)
+    ]
+    # Flat areas and pure white are drawn, noise is recorded.
+    flat = (strength < 1 / 255).mean()
+    colours = len(np.unique((np.asarray(small) >> 3).reshape(-1, 3), axis=0)) / _SIDE**2
+    numbers = [
+        flat,
+        colours,
+        (grey > 0.98).mean(),
+        (grey < 0.04).mean(),
+        (saturation < 0.05).mean(),
+        (strength > 0.1).mean(),
+        strength.mean(),
+        np.abs(right).mean(axis=0).max(),  # the strongest vertical line
+        np.abs(down).mean(axis=1).max(),
+        grey.std(),
+        saturation.mean(),
+        min(image.size) / max(image.size),
+        grey[:8].mean(),  # the margins
+    ]
+    histograms = (
+        np.histogram(grey, 12, (0, 1))[0] / grey.size,
+        np.histogram(saturation, 8, (0, 1))[0] / grey.size,
+        np.histogram(hue, 12, (0, 1), weights=saturation * value)[0] / grey.size,
+        np.concatenate(oriented) / (_SIDE * cells),
+    )
+    return np.concatenate([np.asarray(numbers, np.float32), *(h.astype(np.float32) for h in histograms)])

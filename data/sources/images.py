@@ -1,0 +1,96 @@
+"""A source's picture -> the file that is kept: it opens the same way everywhere and holds nothing but pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+
+import imagehash
+import numpy as np
+from PIL import Image
+
+from data.tables import StoredImage
+from huatuo_vision.inputs.images import load_image
+from huatuo_vision.schema import BadSample, ImageRef
+
+HASH_SIDE = 16
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+
+
+def store_encoded(data: bytes, owner: str) -> tuple[StoredImage, tuple[str, ...]]:
+    """The picture of an image file, and what was converted. `owner` is the row that a BadSample names.
+
+    JPEG and PNG files that need no conversion keep their pixels as they are encoded, so nothing is lost.
+    Raises BadSample: empty_image, image_too_large, animated_image, unreadable_image, blank_image.
+    """
+    loaded = load_image(ImageRef(data=data), owner)
+    refuse_blank(loaded.image, owner)
+    if not loaded.notes:
+        if data.startswith(_JPEG):
+            return _stored(loaded.image, _pixels_of_jpeg(data), "jpg"), ()
+        if data.startswith(_PNG):
+            return _stored(loaded.image, _pixels_of_png(data), "png"), ()
+    return store_pixels(loaded.image), loaded.notes
+
+
+def refuse_blank(image: Image.Image, owner: str) -> None:
+    """Raises BadSample for a picture of one colour: it shows nothing, and its perceptual hash means nothing."""
+    extrema = image.getextrema()
+    if all(low == high for low, high in (extrema if image.mode == "RGB" else [extrema])):
+        raise BadSample(owner, "blank_image", "the picture has one colour only")
+
+
+def store_pixels(image: Image.Image) -> StoredImage:
+    """A decoded picture (RGB or L) as PNG."""
+    image = _grey_if_grey(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=6)
+    return _stored(image.convert("RGB"), buffer.getvalue(), "png")
+
+
+def _stored(image: Image.Image, data: bytes, suffix: str) -> StoredImage:
+    digest = hashlib.sha256(f"RGB {image.width} {image.height}\n".encode())
+    digest.update(image.tobytes())
+    id_ = digest.hexdigest()
+    bits = imagehash.phash(image, hash_size=HASH_SIDE).hash
+    return StoredImage(id_, data, f"{id_}.{suffix}", image.width, image.height, np.packbits(bits).tobytes())
+
+
+def _grey_if_grey(image: Image.Image) -> Image.Image:
+    if image.mode != "RGB":
+        return image
+    red, green, blue = image.split()
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
+
+
+def _pixels_of_jpeg(data: bytes) -> bytes:
+    """The file without comments and application segments (EXIF with its places and names, thumbnails, editors' XML).
+
+    Adobe's segment stays: it says how the colours are coded.
+    """
+    kept, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], struct.unpack(">H", data[at + 2 : at + 4])[0]
+        if marker == 0xFF:  # padding
+            at += 1
+            continue
+        if marker == 0xDA:  # the pixels begin
+            break
+        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
+            kept.append(data[at : at + 2 + length])
+        at += 2 + length
+    return b"".join([*kept, data[at:]])
+
+
+def _pixels_of_png(data: bytes) -> bytes:
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        if kind in _PNG_PIXEL_CHUNKS:
+            kept.append(data[at : at + 12 + length])
+        at += 12 + length
+        if kind == b"IEND":
+            break
+    return b"".join(kept)
