@@ -6,6 +6,7 @@ folder that the command runs in. No secret has a place here: keys are only ever 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,19 @@ class Ingest(Strict):
         None, description="DICOM: centre and width, in place of the file's own window"
     )
     shard_size: PositiveInt = Field(200, description="articles, or rows of a pairs file, that one task reads")
+
+    @model_validator(mode="after")
+    def _check(self) -> Ingest:
+        for key in self.storage_options:
+            if re.search(r"key|secret|token|password", key, re.IGNORECASE):
+                raise refuse(
+                    f"storage_options.{key} looks like a secret; set it in the environment (AWS_..., or a file)"
+                )
+        if self.kind == "articles" and (self.licence or self.source or self.window):
+            raise refuse("licence, source and window belong to kind: pairs; articles state their own")
+        if self.kind == "pairs" and self.articles is not None:
+            raise refuse("articles belongs to kind: articles; give the folder of the pairs as --source")
+        return self
 
 
 class TextFilter(Strict):
@@ -124,9 +138,11 @@ class Guard(Strict):
 class Dedup(Strict):
     """Exact and perceptual hashes of images, then nearness of captions."""
 
-    max_hash_distance: int = Field(60, ge=0, le=128, description="of 256 bits; images no further apart are the same")
+    max_hash_distance: int = Field(60, ge=0, le=128, description="of 256 bits; pictures no further apart are the same")
     encoder: CaptionEncoder = CaptionEncoder(kind="hashing")
-    min_cosine: float = Field(0.95, gt=0, le=1, description="captions at least this near are the same")
+    min_cosine: float | None = Field(
+        0.95, gt=0, le=1, description="captions at least this near are the same; null: captions are not compared"
+    )
     guard: Guard = Guard()
 
 
@@ -222,7 +238,6 @@ class BuildConfig(Strict):
     assemble: Assemble = Assemble()
     publish: Publish | None = None
     executor: Executor = Executor()
-    seed: int = Field(0, ge=0)
 
 
 def load_config(path: Path) -> BuildConfig:

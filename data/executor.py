@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 
 from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -64,66 +63,69 @@ def start(run: RunFolder, work: Pass, upstream: str) -> str:
     return mark
 
 
-def run_local(run: RunFolder, work: Pass, settings: Executor, console: Console) -> None:
-    """Run what is left of a pass. Raises UserError when a task fails or a worker dies; the same command goes on."""
-    workers = min(settings.workers or os.cpu_count() or 1, work.tasks)
-    executor = LocalExecutor(list(work.steps), work.tasks, workers, run.logging_dir(work.name))
-    with _progress_bar(console, run, work) as show:
-        executor.run(show)
+class LocalRun:
+    """Runs passes in this machine's processes, the same ones from pass to pass. A context manager.
+
+    datatrove's own pool waits for ever for a process that was killed; this one notices.
+    """
+
+    def __init__(self, settings: Executor, console: Console):
+        self._workers, self._console = settings.workers or os.cpu_count() or 1, console
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> LocalRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._pool is not None:
+            processes = list((self._pool._processes or {}).values())
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+            for process in processes if kind is not None else ():
+                process.terminate()
+
+    def run(self, run: RunFolder, work: Pass) -> None:
+        """What is left of a pass. Raises UserError when a task fails or a worker dies; the same command goes on."""
+        executor = LocalExecutor(list(work.steps), tasks=work.tasks, logging_dir=str(run.logging_dir(work.name)))
+        ranks = executor.get_incomplete_ranks()
+        if not ranks:
+            return
+        executor.save_executor_as_json()
+        with _progress_bar(self._console, run, work, done=work.tasks - len(ranks)) as show:
+            if self._workers == 1 or work.tasks == 1:
+                for rank in ranks:
+                    # A step's counters, and whatever it keeps, belong to one task.
+                    run_task(deepcopy(executor), rank)
+                    show(1)
+            else:
+                self._run_in_pool(executor, ranks, show)
+
+    def _run_in_pool(self, executor: LocalExecutor, ranks: list[int], show: Callable[[int], None]) -> None:
+        if self._pool is None:
+            # Spawned, since forking a process that has threads (the progress bar's, a library's) can hang.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, context, initializer=_end_with_parent)
+        running = {self._pool.submit(run_task, executor, rank) for rank in ranks}
+        while running:
+            finished, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            try:
+                for future in finished:
+                    future.result()
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker process was killed (out of memory?); run the same command again and it goes on from "
+                    "there, with fewer executor.workers if memory was short"
+                ) from None
+            show(len(finished))
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's, on a pool that notices when one of its processes is killed: theirs waits for it for ever.
+    """datatrove's executor as what a task runs in; LocalRun hands out the tasks."""
 
-    Its lines on the console are left out; every task's log file stays.
-    """
-
-    def __init__(self, pipeline: list[PipelineStep], tasks: int, workers: int, logging_dir: Path):
-        super().__init__(pipeline, tasks=tasks, workers=workers, logging_dir=str(logging_dir))
-
-    def run(self, show: Callable[[int], None] = lambda done: None) -> None:
-        """`show` is called about every second with the number of complete tasks."""
-        ranks = self.get_incomplete_ranks()
-        done = self.tasks - len(ranks)
-        show(done)
-        if not ranks:
-            return
-        self.save_executor_as_json()
-        if self.workers == 1:
-            for rank in ranks:
-                # A step's counters, and whatever it keeps, belong to one task.
-                _run_task(deepcopy(self), rank)
-                done += 1
-                show(done)
-            return
-        # Spawned, since forking a process that has threads (the progress bar's, a library's) can hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent) as pool:
-            running = {pool.submit(_run_task, self, rank): rank for rank in ranks}
-            try:
-                self._watch(running, done, show)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                _end_workers(pool)
-                raise
-
-    def _watch(self, running: dict[Future, int], done: int, show: Callable[[int], None]) -> None:
-        while running:
-            finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            for future in finished:
-                rank = running.pop(future)
-                try:
-                    future.result()
-                except BrokenProcessPool:
-                    raise UserError(
-                        f"a worker process was killed (task {rank} or one beside it; out of memory?); run the same "
-                        "command again and it goes on from there, with fewer executor.workers if memory was short"
-                    ) from None
-                done += 1
-            show(done)
+    def run(self) -> None:
+        raise NotImplementedError("LocalRun runs its tasks")
 
 
-def _run_task(executor: LocalExecutor, rank: int) -> None:
+def run_task(executor: LocalExecutor, rank: int) -> None:
     """One task, its messages in its log file only. Raises UserError that names the file."""
     with contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -158,7 +160,8 @@ def _end_workers(pool: ProcessPoolExecutor) -> None:
 
 
 @contextlib.contextmanager
-def _progress_bar(console: Console, run: RunFolder, work: Pass) -> Iterator[Callable[[int], None]]:
+def _progress_bar(console: Console, run: RunFolder, work: Pass, done: int) -> Iterator[Callable[[int], None]]:
+    """Yields what is called about every second with the number of tasks that were completed since."""
     columns = (
         TextColumn("{task.description:<16}"),
         BarColumn(),
@@ -168,12 +171,12 @@ def _progress_bar(console: Console, run: RunFolder, work: Pass) -> Iterator[Call
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
     folder = run.logging_dir(work.name)
     with progress:
-        bar = progress.add_task(work.name, total=work.tasks, rows="")
+        bar = progress.add_task(work.name, total=work.tasks, completed=done, rows="tasks")
         known: dict[str, int] = {}
 
-        def show(done: int) -> None:
+        def show(more: int) -> None:
             rows = sum(_finished_rows(folder, known)) + sum(_rows_so_far(folder))
-            progress.update(bar, completed=done, rows=f"tasks, {rows:,} rows" if rows else "tasks")
+            progress.update(bar, advance=more, rows=f"tasks, {rows:,} rows" if rows else "tasks")
 
         yield show
 

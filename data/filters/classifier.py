@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import track
@@ -69,8 +68,8 @@ def load_classifier(path: Path, encoder: ImageEncoder) -> Classifier:
         raise UserError(f"image_filter.classifier: {path} is no classifier of ours ({said}); train it again") from None
     if classifier.encoder != encoder_name(encoder):
         raise UserError(
-            f"image_filter.classifier: {path} was trained on vectors of {classifier.encoder}; the configuration's encoder "
-            f"is {encoder_name(encoder)}, so train it again or change the encoder"
+            f"image_filter.classifier: {path} was trained on vectors of {classifier.encoder}; the configuration's "
+            f"encoder is {encoder_name(encoder)}, so train it again or change the encoder"
         )
     return classifier
 
@@ -89,8 +88,8 @@ def train(
     of_each = [len({g for g, is_medical in zip(groups, wanted, strict=True) if is_medical == side}) for side in (1, 0)]
     if min(of_each) < _FOLDS:
         raise UserError(
-            f"--rows has {of_each[0]} groups of rows labelled {MEDICAL!r} and {of_each[1]} of others; expected at least "
-            f"{_FOLDS} of each, and hundreds for a filter to rely on"
+            f"--rows has {of_each[0]} groups of rows labelled {MEDICAL!r} and {of_each[1]} of others; expected at "
+            f"least {_FOLDS} of each, and hundreds for a filter to rely on"
         )
     model = make_pipeline(StandardScaler(), LogisticRegression(C=_C, class_weight="balanced", max_iter=2000))
     folds = StratifiedGroupKFold(_FOLDS, shuffle=True, random_state=0)

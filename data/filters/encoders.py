@@ -30,9 +30,23 @@ def encoder_name(settings: ImageEncoder | CaptionEncoder) -> str:
     return "-".join([settings.kind, settings.id.strip("/").replace("/", "--"), *filter(None, [settings.revision])])
 
 
-@lru_cache(maxsize=1)
 def image_encoder(settings: ImageEncoder) -> EncodeImages:
-    """RGB pictures to float32 of shape (pictures, dimensions). Once a process. Raises UserError for a missing model."""
+    """RGB pictures to float32 of shape (pictures, dimensions). Raises UserError for a model that can't be had."""
+    return _encoder(settings)
+
+
+def caption_encoder(settings: CaptionEncoder) -> EncodeTexts:
+    """Texts to float32 of shape (texts, dimensions). Raises UserError for a model that can't be had."""
+    return _encoder(settings)
+
+
+# Loaded once a process and not once a task; one at a time, since a worker serves all stages.
+@lru_cache(maxsize=1)
+def _encoder(settings: ImageEncoder | CaptionEncoder) -> Callable[..., np.ndarray]:
+    return _load_image_encoder(settings) if isinstance(settings, ImageEncoder) else _load_caption_encoder(settings)
+
+
+def _load_image_encoder(settings: ImageEncoder) -> EncodeImages:
     if settings.kind == "small":
         return lambda images: _unit(np.stack([_look(image) for image in images]))
     import torch
@@ -55,9 +69,7 @@ def image_encoder(settings: ImageEncoder) -> EncodeImages:
     return encode
 
 
-@lru_cache(maxsize=1)
-def caption_encoder(settings: CaptionEncoder) -> EncodeTexts:
-    """Texts to float32 of shape (texts, dimensions). Once a process. Raises UserError for a missing model."""
+def _load_caption_encoder(settings: CaptionEncoder) -> EncodeTexts:
     if settings.kind == "hashing":
         from sklearn.feature_extraction.text import HashingVectorizer
 

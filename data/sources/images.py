@@ -50,12 +50,17 @@ def store_pixels(image: Image.Image) -> StoredImage:
     return _stored(image.convert("RGB"), buffer.getvalue(), "png")
 
 
-def _stored(image: Image.Image, data: bytes, suffix: str) -> StoredImage:
+def fingerprints(image: Image.Image) -> tuple[str, bytes]:
+    """SHA-256 over size and pixels of an RGB picture, and its perceptual hash of 256 bits."""
     digest = hashlib.sha256(f"RGB {image.width} {image.height}\n".encode())
     digest.update(image.tobytes())
-    id_ = digest.hexdigest()
     bits = imagehash.phash(image, hash_size=HASH_SIDE).hash
-    return StoredImage(id_, data, f"{id_}.{suffix}", image.width, image.height, np.packbits(bits).tobytes())
+    return digest.hexdigest(), np.packbits(bits).tobytes()
+
+
+def _stored(image: Image.Image, data: bytes, suffix: str) -> StoredImage:
+    id_, phash = fingerprints(image)
+    return StoredImage(id_, data, f"{id_}.{suffix}", image.width, image.height, phash)
 
 
 def _grey_if_grey(image: Image.Image) -> Image.Image:

@@ -1,0 +1,153 @@
+"""Training rows that show a picture of an evaluation set, or quote one of its questions.
+
+Pictures by the SHA-256 of their pixels and by perceptual hash; questions by runs of words in caption and in-text
+mentions. A run that stands in many questions of a benchmark ("what imaging modality was used to take this image")
+marks none of them. What can't be compared, a question of fewer words, is counted in the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datatrove.pipeline.base import PipelineStep
+
+from data.config import Guard
+from data.dedup.nearest import near_hashes
+from data.sources.images import fingerprints
+from data.tables import Pair, RunFolder, whole_file, write_json
+from huatuo_vision.evaluation.benchmarks import BENCHMARKS
+from huatuo_vision.inputs.images import load_image
+from huatuo_vision.schema import BadSample, UserError
+
+# Runs of words that more questions of a benchmark share are its manner of asking.
+_QUESTIONS_OF_A_RUN = 3
+_WORD = re.compile(r"[^\W_]+")
+
+
+def runs_of_words(text: str, length: int) -> Iterator[int]:
+    """64-bit hashes of all runs of `length` words."""
+    words = _WORD.findall(text.lower())
+    for start in range(len(words) - length + 1):
+        run = " ".join(words[start : start + length])
+        yield int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest(), "little")
+
+
+def check_names(guard: Guard) -> None:
+    """Raises UserError for a benchmark that eval.py does not know."""
+    for name in guard.benchmarks:
+        if name not in BENCHMARKS:
+            raise UserError(f"dedup.guard.benchmarks: {name!r} is no benchmark; expected {', '.join(BENCHMARKS)}")
+
+
+class EvaluationSets:
+    """Pictures and questions of the benchmarks, in files of the run folder."""
+
+    def __init__(self, run: RunFolder):
+        self._folder = run.path / "guard"
+
+    @property
+    def report_file(self) -> Path:
+        return self._folder / "evaluation_sets.json"
+
+    def write(self, guard: Guard) -> None:
+        pictures: dict[str, tuple[str, bytes]] = {}
+        runs: dict[int, str] = {}
+        report: dict[str, dict[str, Any]] = {}
+        for name, path in guard.benchmarks.items():
+            loaded = BENCHMARKS[name].load(Path(path) if path is not None else None)
+            seen: dict[str, None] = {}
+            times: Counter[int] = Counter()
+            first: dict[int, str] = {}
+            comparable = 0
+            questions = {row.question: row.id for row in reversed(loaded.rows)}
+            for question, id_ in questions.items():
+                found = set(runs_of_words(question, guard.question_words))
+                comparable += bool(found)
+                times.update(found)
+                first |= dict.fromkeys(found, f"{name}:{id_}")
+            runs |= {run: first[run] for run, number in times.items() if number <= _QUESTIONS_OF_A_RUN}
+            for row in loaded.rows:
+                for ref in row.images:
+                    if ref.sha256 in seen:
+                        continue
+                    seen[ref.sha256] = None
+                    try:
+                        id_, phash = fingerprints(load_image(ref, row.id).image)
+                    except BadSample as error:
+                        raise UserError(f"dedup.guard.benchmarks: {name}: {error.explanation}") from None
+                    pictures.setdefault(id_, (f"{name}:{row.id}", phash))
+            report[name] = {
+                "revision": loaded.revision,
+                "questions": len(loaded.rows),
+                "different_questions": len(questions),
+                "comparable_questions": comparable,
+                "images": len(seen),
+            }
+        table = pa.table(
+            {
+                "id": list(pictures),
+                "row": [row for row, _ in pictures.values()],
+                "phash": pa.array([phash for _, phash in pictures.values()], pa.binary()),
+            }
+        )
+        with whole_file(self._folder / "pictures.parquet") as unfinished:
+            pq.write_table(table, unfinished)
+        table = pa.table({"run": pa.array(list(runs), pa.uint64()), "row": list(runs.values())})
+        with whole_file(self._folder / "questions.parquet") as unfinished:
+            pq.write_table(table, unfinished)
+        write_json(self.report_file, report)
+
+    def questions(self) -> dict[int, str]:
+        table = pq.read_table(self._folder / "questions.parquet")
+        return dict(zip(table["run"].to_pylist(), table["row"].to_pylist(), strict=True))
+
+    def matches(self, ids: list[str], hashes: np.ndarray, max_distance: int) -> dict[int, tuple[str, int]]:
+        """Position of a picture -> the evaluation row that shows it too, and the distance between them."""
+        table = pq.read_table(self._folder / "pictures.parquet")
+        rows = table["row"].to_pylist()
+        theirs = dict(zip(table["id"].to_pylist(), rows, strict=True))
+        found = {place: (theirs[id_], 0) for place, id_ in enumerate(ids) if id_ in theirs}
+        if max_distance > 0:
+            known = as_array(table["phash"].to_pylist())
+            for queries, places, distances in near_hashes(known, hashes, max_distance):
+                for query, place, distance in zip(queries.tolist(), places.tolist(), distances.tolist(), strict=True):
+                    if query not in found or distance < found[query][1]:
+                        found[query] = (rows[place], distance)
+        return found
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.report_file.read_text(encoding="utf-8"))
+
+
+def as_array(hashes: Iterable[bytes]) -> np.ndarray:
+    """uint8 of shape (n, 32)."""
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+
+
+def quoted_question(pair: Pair, questions: Mapping[int, str], length: int) -> str | None:
+    """The evaluation row whose question the pair's texts hold, if one."""
+    for text in (pair.caption, *pair.context):
+        for run in runs_of_words(text, length):
+            if run in questions:
+                return questions[run]
+    return None
+
+
+class WriteEvaluationSets(PipelineStep):
+    type, name = "guard", "evaluation sets"
+
+    def __init__(self, run: RunFolder, guard: Guard):
+        super().__init__()
+        self.run_folder, self.guard = run, guard
+
+    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
+        EvaluationSets(self.run_folder).write(self.guard)

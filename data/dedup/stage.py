@@ -1,0 +1,274 @@
+"""Stage dedup: rows that overlap an evaluation set, then repeated pictures, then repeated captions.
+
+    dedup.guard     one task    pictures and questions of the evaluation sets (only if any are named)
+    dedup.captions  all tasks   vectors of the captions, and which texts quote an evaluation question
+    dedup.decide    one task    what becomes of each row, over all of them
+    dedup           all tasks   the rows, accordingly
+
+Of rows that are the same, the one with the largest pictures stays, then the longest caption, then the smallest id.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datatrove.pipeline.base import PipelineStep
+
+from data.config import Dedup
+from data.dedup.guard import EvaluationSets, WriteEvaluationSets, as_array, check_names, quoted_question
+from data.dedup.nearest import repeated_captions, repeated_pictures
+from data.filters.encoders import caption_encoder, encoder_name
+from data.steps import Pass, Rows, row_pass
+from data.tables import Dropped, Pair, RunFolder, batched, whole_file, write_json
+
+STAGE, PREVIOUS = "dedup", "image-filter"
+REPORT_FILE = "contamination.json"
+_FLAG = "flag"  # not a reason to drop: the row stays, and says what it overlaps
+
+
+def dedup_passes(run: RunFolder, settings: Dedup, tasks: int) -> list[Pass]:
+    check_names(settings.guard)
+    encoder = encoder_name(settings.encoder) if settings.min_cosine is not None else None
+    guard = settings.guard.model_dump(mode="json")
+    record = {**settings.model_dump(mode="json", exclude={"encoder", "guard"}), "encoder": encoder, "guard": guard}
+    passes = []
+    if settings.guard.benchmarks:
+        passes.append(Pass("dedup.guard", (WriteEvaluationSets(run, settings.guard),), 1, guard, ("guard",)))
+    folders = ("vectors/quotes", *([f"vectors/{encoder}"] if encoder else []))
+    passes += [
+        Pass("dedup.captions", (ReadCaptions(run, settings),), tasks, [encoder, guard], folders),
+        Pass("dedup.decide", (Decide(run, settings, tasks),), 1, record, ("decisions",)),
+        row_pass(run, STAGE, PREVIOUS, tasks, (Apply(run),), record),
+    ]
+    return passes
+
+
+class ReadCaptions(PipelineStep):
+    """One rank's caption vectors, and the rows that quote an evaluation question."""
+
+    type, name = "encoder", "captions"
+
+    def __init__(self, run: RunFolder, settings: Dedup):
+        super().__init__()
+        self.run_folder, self.settings = run, settings
+
+    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
+        guard = self.settings.guard
+        questions = EvaluationSets(self.run_folder).questions() if guard.benchmarks else {}
+        encode = caption_encoder(self.settings.encoder) if self.settings.min_cosine is not None else None
+        ids: list[str] = []
+        vectors: list[np.ndarray] = []
+        quotes: list[str | None] = []
+        for batch in batched(self.run_folder.pairs(PREVIOUS, rank), 256):
+            ids += [pair.id for pair in batch]
+            quotes += [quoted_question(p, questions, guard.question_words) if questions else None for p in batch]
+            if encode is not None:
+                vectors.append(encode([text_to_compare(pair) for pair in batch]).astype(np.float16))
+        with whole_file(self.run_folder.rank_file("vectors", "quotes", rank)) as unfinished:
+            pq.write_table(
+                pa.table({"id": pa.array(ids, pa.string()), "row": pa.array(quotes, pa.string())}), unfinished
+            )
+        if encode is not None:
+            found = np.concatenate(vectors) if vectors else np.zeros((0, 1), np.float16)
+            self.run_folder.write_vectors(encoder_name(self.settings.encoder), rank, ids, found)
+
+
+def text_to_compare(pair: Pair) -> str:
+    return pair.caption or pair.context[0]
+
+
+class Decide(PipelineStep):
+    """Looks at all rows at once: a few hundred bytes of memory each, their texts and pictures not among them."""
+
+    type, name = "dedup", "decide"
+
+    def __init__(self, run: RunFolder, settings: Dedup, tasks: int):
+        super().__init__()
+        self.run_folder, self.settings, self.tasks = run, settings, tasks
+
+    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
+        rows = self._rows()
+        n = len(rows)
+        ids = rows["id"]
+        decided: dict[int, tuple[str, str]] = {}
+        flags: dict[int, str] = {}
+        for row in _later_ones(ids):
+            decided[row] = ("duplicate_id", "a row before it has the same id")
+        owners, pictures, names, hashes = self._pictures(rows)
+        report = self._overlaps(rows, owners, pictures, names, hashes, decided, flags)
+        left = np.setdiff1d(np.arange(n), np.fromiter(decided, np.int64, len(decided)))
+        new = np.full(n, -1)
+        new[left] = np.arange(len(left))
+        chosen = new[owners] >= 0
+        repeats = repeated_pictures(new[owners[chosen]], pictures[chosen], hashes, self.settings.max_hash_distance)
+        for row, other, same in list(repeats):
+            decided[int(left[row])] = ("same_image" if same else "near_image", _at(ids, left[other]))
+        if self.settings.min_cosine is not None:
+            left = np.setdiff1d(left, np.fromiter(decided, np.int64, len(decided)))
+            for row, other, _ in repeated_captions(self._vectors(rows, left), self.settings.min_cosine):
+                decided[int(left[row])] = ("near_caption", _at(ids, left[other]))
+        self._write(rows, decided, flags)
+        write_json(self.run_folder.path / "decisions" / REPORT_FILE, report)
+
+    def _rows(self) -> pa.Table:
+        """id, rank, place in the rank, images, all in the order of preference."""
+        tables = []
+        for rank in range(self.tasks):
+            pairs = self.run_folder.pair_columns(PREVIOUS, rank, ["id", "image_ids", "caption"])
+            images = self.run_folder.image_columns(rank, ["id", "width", "height"])
+            area = np.multiply(images["width"].to_numpy().astype(np.int64), images["height"].to_numpy())
+            areas = dict(zip(images["id"].to_pylist(), area.tolist(), strict=True))
+            tables.append(
+                pa.table(
+                    {
+                        "id": pairs["id"],
+                        "images": pairs["image_ids"],
+                        "area": pa.array(
+                            [sum(areas[i] for i in of) for of in pairs["image_ids"].to_pylist()], pa.int64()
+                        ),
+                        "length": pc.utf8_length(pairs["caption"]),
+                        "rank": pa.array(np.full(len(pairs), rank, np.int32)),
+                        "place": pa.array(np.arange(len(pairs), dtype=np.int32)),
+                    }
+                )
+            )
+        keys = [("area", "descending"), ("length", "descending"), ("id", "ascending"), ("rank", "ascending")]
+        return pa.concat_tables(tables).sort_by([*keys, ("place", "ascending")]).combine_chunks()
+
+    def _pictures(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
+        """Owner and picture of each showing of a picture; the pictures' ids and hashes."""
+        lists = rows["images"].combine_chunks()
+        owners = np.repeat(np.arange(len(rows)), pc.list_value_length(lists).to_numpy())
+        coded = lists.flatten().dictionary_encode()
+        names = coded.dictionary.to_pylist()
+        hash_of: dict[str, bytes] = {}
+        wanted = set(names)
+        for rank in range(self.tasks):
+            images = self.run_folder.image_columns(rank, ["id", "phash"])
+            both = zip(images["id"].to_pylist(), images["phash"].to_pylist(), strict=True)
+            hash_of |= {id_: phash for id_, phash in both if id_ in wanted}
+        return owners, coded.indices.to_numpy(), names, as_array(hash_of[name] for name in names)
+
+    def _overlaps(
+        self,
+        rows: pa.Table,
+        owners: np.ndarray,
+        pictures: np.ndarray,
+        names: list[str],
+        hashes: np.ndarray,
+        decided: dict[int, tuple[str, str]],
+        flags: dict[int, str],
+    ) -> dict[str, Any]:
+        """Decide on rows that overlap an evaluation set; returns the report."""
+        guard = self.settings.guard
+        if not guard.benchmarks:
+            return {"benchmarks": {}, "on_overlap": guard.on_overlap, "overlaps": []}
+        sets = EvaluationSets(self.run_folder)
+        found: dict[int, tuple[str, str]] = {}
+        places = {key: row for row, key in enumerate(zip(*_as_lists(rows, "rank", "place"), strict=True))}
+        for rank in range(self.tasks):
+            quotes = pq.read_table(self.run_folder.rank_file("vectors", "quotes", rank))["row"].to_pylist()
+            for place, quoted in enumerate(quotes):
+                if quoted is not None:
+                    found[places[rank, place]] = ("evaluation_question", quoted)
+        matches = sets.matches(names, hashes, self.settings.max_hash_distance)
+        for owner, picture in zip(owners.tolist(), pictures.tolist(), strict=True):
+            if picture in matches:
+                row, distance = matches[picture]
+                found[owner] = ("evaluation_image", f"{row}, {distance} of 256 bits apart")
+        ids = rows["id"]
+        overlaps = []
+        for row, (reason, detail) in sorted(found.items()):
+            overlaps.append({"id": _at(ids, row), "reason": reason, "detail": detail})
+            if guard.on_overlap == "drop":
+                decided.setdefault(row, (reason, detail))
+            else:
+                flags[row] = f"{reason}: {detail}"
+        counts = Counter(overlap["reason"] for overlap in overlaps)
+        return {
+            "benchmarks": sets.report(),
+            "on_overlap": guard.on_overlap,
+            "question_words": guard.question_words,
+            "max_hash_distance": self.settings.max_hash_distance,
+            "rows_checked": len(rows),
+            "counts": dict(sorted(counts.items())),
+            "overlaps": sorted(overlaps, key=lambda overlap: overlap["id"]),
+        }
+
+    def _vectors(self, rows: pa.Table, left: np.ndarray) -> np.ndarray:
+        """The vectors of the rows that are left, in their order, on disk."""
+        name = encoder_name(self.settings.encoder)
+        ranks, places = (rows[column].to_numpy()[left] for column in ("rank", "place"))
+        found: np.memmap | None = None
+        path = self.run_folder.path / "decisions" / "vectors.f16"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for rank in range(self.tasks):
+            _, vectors = self.run_folder.vectors(name, rank)
+            mine = np.flatnonzero(ranks == rank)
+            if not len(mine):
+                continue
+            if found is None:
+                found = np.memmap(path, np.float16, "w+", shape=(len(left), vectors.shape[1]))
+            found[mine] = vectors[places[mine]]
+        path.unlink(missing_ok=True)  # the map keeps it until it is let go
+        return found if found is not None else np.zeros((0, 1), np.float16)
+
+    def _write(self, rows: pa.Table, decided: dict[int, tuple[str, str]], flags: dict[int, str]) -> None:
+        ids, ranks = _as_lists(rows, "id", "rank")
+        places = rows["place"].to_numpy()
+        by_rank: dict[int, list[tuple[int, str, str]]] = {rank: [] for rank in range(self.tasks)}
+        for row, (reason, detail) in decided.items():
+            by_rank[ranks[row]].append((int(places[row]), reason, detail))
+        for row, detail in flags.items():
+            if row not in decided:
+                by_rank[ranks[row]].append((int(places[row]), _FLAG, detail))
+        for rank, decisions in by_rank.items():
+            places_of, reasons, details = zip(*sorted(decisions), strict=True) if decisions else ((), (), ())
+            columns = {"place": pa.array(places_of, pa.int32()), "reason": pa.array(reasons, pa.string())}
+            with whole_file(self.run_folder.rank_file("decisions", "", rank)) as unfinished:
+                pq.write_table(pa.table({**columns, "detail": pa.array(details, pa.string())}), unfinished)
+
+
+class Apply(PipelineStep):
+    type, name = "dedup", "apply"
+
+    def __init__(self, run: RunFolder):
+        super().__init__()
+        self.run_folder = run
+
+    def run(self, data: Rows, rank: int = 0, world_size: int = 1) -> Rows:
+        self.run_folder.tasks("dedup.decide")
+        table = pq.read_table(self.run_folder.rank_file("decisions", "", rank))
+        columns = (table[name].to_pylist() for name in ("place", "reason", "detail"))
+        decisions = {place: (reason, detail) for place, reason, detail in zip(*columns, strict=True)}
+        for place, row in enumerate(data):
+            reason, detail = decisions.get(place, (None, ""))
+            if reason is None:
+                yield row
+            elif reason == _FLAG:
+                yield replace(row, overlaps=detail)
+            else:
+                yield Dropped(row.id, reason, detail)
+
+
+def _as_lists(table: pa.Table, *columns: str) -> Iterator[list[Any]]:
+    return (table[column].to_pylist() for column in columns)
+
+
+def _at(column: pa.ChunkedArray, place: int) -> str:
+    return column[int(place)].as_py()
+
+
+def _later_ones(ids: pa.ChunkedArray) -> Iterator[int]:
+    """Places of ids that stand further ahead already."""
+    coded = ids.combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first = np.unique(coded, return_index=True)
+    if len(first) < len(coded):
+        yield from np.setdiff1d(np.arange(len(coded)), first).tolist()
