@@ -136,9 +136,14 @@ class Guard(Strict):
 
 
 class Dedup(Strict):
-    """Exact and perceptual hashes of images, then nearness of captions."""
+    """Pictures that are the same by hash and on a second look, then nearness of captions."""
 
-    max_hash_distance: int = Field(60, ge=0, le=128, description="of 256 bits; pictures no further apart are the same")
+    max_hash_distance: int = Field(
+        60, ge=0, le=128, description="of 256 bits; pictures no further apart are compared; 0: only exact copies drop"
+    )
+    min_likeness: float = Field(
+        0.7, gt=0, le=1, description="correlation of the edges of two pictures, laid over each other, to be the same"
+    )
     encoder: CaptionEncoder = CaptionEncoder(kind="hashing")
     min_cosine: float | None = Field(
         0.95, gt=0, le=1, description="captions at least this near are the same; null: captions are not compared"

@@ -1,6 +1,6 @@
 """The run folder: the tables that one stage of the builder leaves for the next, and what became of every row.
 
-    images/NNNNN.parquet          id, image{bytes,path}, width, height, phash       written once, by ingest
+    images/NNNNN.parquet          id, image{bytes,path}, width, height, hashes      written once, by ingest
     pairs/<stage>/NNNNN.parquet   one `Pair` a row, with references to images and never their bytes
     dropped/<stage>/NNNNN.parquet id, reason, detail of every row that did not come through
     vectors/<name>/NNNNN.parquet  id, vector (float16, length 1)
@@ -21,11 +21,11 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,9 @@ from huatuo_vision.schema import UserError
 # What is held in memory before it goes to disk, and so about the size of a row group.
 ROW_GROUP_BYTES = 16 * 2**20
 PAIRS_PER_GROUP = 4096
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ IMAGE_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("phash", pa.binary()),
+        ("coarse_phash", pa.binary()),
     ]
 )
 
@@ -103,11 +107,12 @@ class StoredImage:
     path: str  # <id>.jpg or <id>.png; says nothing of where the picture came from
     width: int
     height: int
-    phash: bytes  # perceptual hash, 32 bytes
+    phash: bytes  # perceptual hash of 256 bits: finds re-encodings and small edits
+    coarse_phash: bytes  # of 64 bits: finds other crops too, and much that is only similar
 
     def row(self) -> dict[str, Any]:
-        image = {"bytes": self.data, "path": self.path}
-        return {"id": self.id, "image": image, "width": self.width, "height": self.height, "phash": self.phash}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("data", "path")}
+        return values | {"image": {"bytes": self.data, "path": self.path}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +208,10 @@ class ShardImages:
             self._images = self._file.read_row_group(group, columns=["image"])["image"].combine_chunks()
             self._group = group
         return self._images.field("bytes")[position].as_py()
+
+    def in_file_order(self, items: Iterable[Item], image_id: Callable[[Item], str]) -> list[Item]:
+        """The items in the order in which their pictures are read fastest."""
+        return sorted(items, key=lambda item: self._place[image_id(item)])
 
     def close(self) -> None:
         self._file.close()

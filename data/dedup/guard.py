@@ -8,10 +8,11 @@ marks none of them. What can't be compared, a question of fewer words, is counte
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.pipeline.base import PipelineStep
+from PIL import Image
 
-from data.config import Guard
-from data.dedup.nearest import near_hashes
+from data.config import Dedup, Guard
+from data.dedup.pictures import Hashes, proposals, same_pictures, shrunk, thumbnail
 from data.sources.images import fingerprints
 from data.tables import Pair, RunFolder, whole_file, write_json
 from huatuo_vision.evaluation.benchmarks import BENCHMARKS
@@ -31,6 +33,8 @@ from huatuo_vision.schema import BadSample, UserError
 # Runs of words that more questions of a benchmark share are its manner of asking.
 _QUESTIONS_OF_A_RUN = 3
 _WORD = re.compile(r"[^\W_]+")
+_BYTES = ("phash", "coarse_phash", "thumbnail")
+_PICTURES = pa.schema([("id", pa.string()), ("row", pa.string()), *((name, pa.binary()) for name in _BYTES)])
 
 
 def runs_of_words(text: str, length: int) -> Iterator[int]:
@@ -59,7 +63,7 @@ class EvaluationSets:
         return self._folder / "evaluation_sets.json"
 
     def write(self, guard: Guard) -> None:
-        pictures: dict[str, tuple[str, bytes]] = {}
+        pictures: dict[str, dict[str, Any]] = {}
         runs: dict[int, str] = {}
         report: dict[str, dict[str, Any]] = {}
         for name, path in guard.benchmarks.items():
@@ -81,10 +85,10 @@ class EvaluationSets:
                         continue
                     seen[ref.sha256] = None
                     try:
-                        id_, phash = fingerprints(load_image(ref, row.id).image)
+                        image = load_image(ref, row.id).image
                     except BadSample as error:
                         raise UserError(f"dedup.guard.benchmarks: {name}: {error.explanation}") from None
-                    pictures.setdefault(id_, (f"{name}:{row.id}", phash))
+                    pictures.setdefault(*_picture(image, f"{name}:{row.id}"))
             report[name] = {
                 "revision": loaded.revision,
                 "questions": len(loaded.rows),
@@ -92,15 +96,8 @@ class EvaluationSets:
                 "comparable_questions": comparable,
                 "images": len(seen),
             }
-        table = pa.table(
-            {
-                "id": list(pictures),
-                "row": [row for row, _ in pictures.values()],
-                "phash": pa.array([phash for _, phash in pictures.values()], pa.binary()),
-            }
-        )
         with whole_file(self._folder / "pictures.parquet") as unfinished:
-            pq.write_table(table, unfinished)
+            pq.write_table(pa.Table.from_pylist(list(pictures.values()), _PICTURES), unfinished)
         table = pa.table({"run": pa.array(list(runs), pa.uint64()), "row": list(runs.values())})
         with whole_file(self._folder / "questions.parquet") as unfinished:
             pq.write_table(table, unfinished)
@@ -110,27 +107,38 @@ class EvaluationSets:
         table = pq.read_table(self._folder / "questions.parquet")
         return dict(zip(table["run"].to_pylist(), table["row"].to_pylist(), strict=True))
 
-    def matches(self, ids: list[str], hashes: np.ndarray, max_distance: int) -> dict[int, tuple[str, int]]:
-        """Position of a picture -> the evaluation row that shows it too, and the distance between them."""
+    def matches(
+        self, ids: list[str], hashes: Hashes, thumbnails: Callable[[int], Image.Image], settings: Dedup
+    ) -> dict[int, tuple[str, int]]:
+        """Position of a picture -> the evaluation row that shows it too, and the distance between their hashes."""
         table = pq.read_table(self._folder / "pictures.parquet")
         rows = table["row"].to_pylist()
         theirs = dict(zip(table["id"].to_pylist(), rows, strict=True))
         found = {place: (theirs[id_], 0) for place, id_ in enumerate(ids) if id_ in theirs}
-        if max_distance > 0:
-            known = as_array(table["phash"].to_pylist())
-            for queries, places, distances in near_hashes(known, hashes, max_distance):
-                for query, place, distance in zip(queries.tolist(), places.tolist(), distances.tolist(), strict=True):
-                    if query not in found or distance < found[query][1]:
-                        found[query] = (rows[place], distance)
+        if settings.max_hash_distance > 0:
+            known = tuple(as_array(table[name].to_pylist()) for name in ("phash", "coarse_phash"))
+            proposed = proposals(known, hashes, settings.max_hash_distance)
+            proposed = [proposal for proposal in proposed if proposal[0] not in found]
+            small = table["thumbnail"]
+            same = same_pictures(proposed, thumbnails, lambda n: thumbnail(small[n].as_py()), settings.min_likeness)
+            for place, known_place, distance in same:
+                found.setdefault(place, (rows[known_place], distance))
         return found
 
     def report(self) -> dict[str, dict[str, Any]]:
         return json.loads(self.report_file.read_text(encoding="utf-8"))
 
 
-def as_array(hashes: Iterable[bytes]) -> np.ndarray:
-    """uint8 of shape (n, 32)."""
-    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+def as_array(hashes: Sequence[bytes]) -> np.ndarray:
+    """uint8 of shape (n, bytes of a hash)."""
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
+
+
+def _picture(image: Image.Image, row: str) -> tuple[str, dict[str, Any]]:
+    id_, phash, coarse = fingerprints(image)
+    buffer = io.BytesIO()
+    shrunk(image).save(buffer, "PNG")
+    return id_, {"id": id_, "row": row, "phash": phash, "coarse_phash": coarse, "thumbnail": buffer.getvalue()}
 
 
 def quoted_question(pair: Pair, questions: Mapping[int, str], length: int) -> str | None:

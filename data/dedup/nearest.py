@@ -1,4 +1,4 @@
-"""Which rows repeat one before them, by their pictures' hashes or by their captions' vectors. Plain arrays, no files.
+"""Which rows repeat one before them, by their pictures or by their captions' vectors. Plain arrays, no files.
 
 Rows come in the order of preference, so of any that are the same the first stays. Nothing depends on chance: the
 clusters are seeded, and every comparison is exact within its cluster.
@@ -6,7 +6,7 @@ clusters are seeded, and every comparison is exact within its cluster.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import faiss
 import numpy as np
@@ -27,9 +27,9 @@ Repeat = tuple[int, int, bool]
 def near_hashes(
     hashes: np.ndarray, queries: np.ndarray, max_distance: int, *, exact: bool | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks of (query, hash, distance) for all pairs of 256-bit hashes no further apart than `max_distance`.
+    """Blocks of (query, hash, distance) for all pairs of hashes no further apart than `max_distance` bits.
 
-    `hashes` and `queries` are uint8 of shape (n, 32). Beyond EXACT_HASHES an inverted file is used, which may miss
+    `hashes` and `queries` are uint8 of shape (n, bytes). Beyond EXACT_HASHES an inverted file is used, which may miss
     pairs that fall into other lists.
     """
     if not len(hashes) or not len(queries):
@@ -57,18 +57,13 @@ def near_hashes(
 
 
 def repeated_pictures(
-    owners: np.ndarray, pictures: np.ndarray, hashes: np.ndarray, max_distance: int
+    owners: np.ndarray, pictures: np.ndarray, n_pictures: int, neighbours: Mapping[int, Sequence[int]]
 ) -> Iterator[Repeat]:
-    """Rows all of whose pictures are those of rows before them.
+    """Rows all of whose pictures are those of rows before them, or neighbours of those.
 
-    `owners` (sorted) and `pictures` say which row has which picture; `hashes` are the pictures', of shape (n, 32).
+    `owners` (sorted) and `pictures` say which row has which picture; `neighbours` which pictures show the same.
     """
-    neighbours: dict[int, list[int]] = {}
-    if max_distance > 0:
-        for left, right, _ in near_hashes(hashes, hashes, max_distance):
-            for a, b in zip(left[left != right].tolist(), right[left != right].tolist(), strict=True):
-                neighbours.setdefault(a, []).append(b)
-    times = np.bincount(pictures, minlength=len(hashes))
+    times = np.bincount(pictures, minlength=n_pictures)
     # Of all others nothing has to be asked.
     involved = times > 1
     involved[list(neighbours)] = True

@@ -11,7 +11,7 @@ Of rows that are the same, the one with the largest pictures stays, then the lon
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datatrove.pipeline.base import PipelineStep
+from PIL import Image
 
 from data.config import Dedup
 from data.dedup.guard import EvaluationSets, WriteEvaluationSets, as_array, check_names, quoted_question
 from data.dedup.nearest import repeated_captions, repeated_pictures
+from data.dedup.pictures import Hashes, neighbours_of, proposals, same_pictures, thumbnail
 from data.filters.encoders import caption_encoder, encoder_name
 from data.steps import Pass, Rows, row_pass
 from data.tables import Dropped, Pair, RunFolder, batched, whole_file, write_json
@@ -101,14 +103,14 @@ class Decide(PipelineStep):
         flags: dict[int, str] = {}
         for row in _later_ones(ids):
             decided[row] = ("duplicate_id", "a row before it has the same id")
-        owners, pictures, names, hashes = self._pictures(rows)
-        report = self._overlaps(rows, owners, pictures, names, hashes, decided, flags)
+        owners, shown, pictures = self._pictures(rows)
+        report = self._overlaps(rows, owners, shown, pictures, decided, flags)
         left = np.setdiff1d(np.arange(n), np.fromiter(decided, np.int64, len(decided)))
         new = np.full(n, -1)
         new[left] = np.arange(len(left))
         chosen = new[owners] >= 0
-        repeats = repeated_pictures(new[owners[chosen]], pictures[chosen], hashes, self.settings.max_hash_distance)
-        for row, other, same in list(repeats):
+        neighbours = self._neighbours(pictures) if self.settings.max_hash_distance else {}
+        for row, other, same in repeated_pictures(new[owners[chosen]], shown[chosen], len(pictures.ids), neighbours):
             decided[int(left[row])] = ("same_image" if same else "near_image", _at(ids, left[other]))
         if self.settings.min_cosine is not None:
             left = np.setdiff1d(left, np.fromiter(decided, np.int64, len(decided)))
@@ -142,27 +144,38 @@ class Decide(PipelineStep):
         keys = [("area", "descending"), ("length", "descending"), ("id", "ascending"), ("rank", "ascending")]
         return pa.concat_tables(tables).sort_by([*keys, ("place", "ascending")]).combine_chunks()
 
-    def _pictures(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
-        """Owner and picture of each showing of a picture; the pictures' ids and hashes."""
+    def _pictures(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, _Pictures]:
+        """Owner and picture of each showing of a picture, and the pictures."""
         lists = rows["images"].combine_chunks()
         owners = np.repeat(np.arange(len(rows)), pc.list_value_length(lists).to_numpy())
         coded = lists.flatten().dictionary_encode()
-        names = coded.dictionary.to_pylist()
-        hash_of: dict[str, bytes] = {}
-        wanted = set(names)
+        ids = coded.dictionary.to_pylist()
+        wanted = set(ids)
+        found: dict[str, tuple[bytes, bytes, int]] = {}
         for rank in range(self.tasks):
-            images = self.run_folder.image_columns(rank, ["id", "phash"])
-            both = zip(images["id"].to_pylist(), images["phash"].to_pylist(), strict=True)
-            hash_of |= {id_: phash for id_, phash in both if id_ in wanted}
-        return owners, coded.indices.to_numpy(), names, as_array(hash_of[name] for name in names)
+            table = self.run_folder.image_columns(rank, ["id", "phash", "coarse_phash"])
+            for id_, fine, coarse in zip(*_as_lists(table, *table.column_names), strict=True):
+                if id_ in wanted:
+                    found.setdefault(id_, (fine, coarse, rank))
+        hashes = tuple(as_array([found[id_][k] for id_ in ids]) for k in (0, 1))
+        return owners, coded.indices.to_numpy(), _Pictures(self.run_folder, ids, hashes, [found[i][2] for i in ids])
+
+    def _neighbours(self, pictures: _Pictures) -> Mapping[int, list[int]]:
+        """Pictures that show the same as others."""
+        hashes = pictures.hashes
+        proposed = proposals(hashes, hashes, self.settings.max_hash_distance)
+        proposed = sorted({(min(one, other), max(one, other), distance) for one, other, distance in proposed})
+        pictures.keep({place for one, other, _ in proposed for place in (one, other)})
+        return neighbours_of(
+            same_pictures(proposed, pictures.thumbnail, pictures.thumbnail, self.settings.min_likeness)
+        )
 
     def _overlaps(
         self,
         rows: pa.Table,
         owners: np.ndarray,
-        pictures: np.ndarray,
-        names: list[str],
-        hashes: np.ndarray,
+        shown: np.ndarray,
+        pictures: _Pictures,
         decided: dict[int, tuple[str, str]],
         flags: dict[int, str],
     ) -> dict[str, Any]:
@@ -178,8 +191,8 @@ class Decide(PipelineStep):
             for place, quoted in enumerate(quotes):
                 if quoted is not None:
                     found[places[rank, place]] = ("evaluation_question", quoted)
-        matches = sets.matches(names, hashes, self.settings.max_hash_distance)
-        for owner, picture in zip(owners.tolist(), pictures.tolist(), strict=True):
+        matches = sets.matches(pictures.ids, pictures.hashes, pictures.thumbnail, self.settings)
+        for owner, picture in zip(owners.tolist(), shown.tolist(), strict=True):
             if picture in matches:
                 row, distance = matches[picture]
                 found[owner] = ("evaluation_image", f"{row}, {distance} of 256 bits apart")
@@ -197,6 +210,7 @@ class Decide(PipelineStep):
             "on_overlap": guard.on_overlap,
             "question_words": guard.question_words,
             "max_hash_distance": self.settings.max_hash_distance,
+            "min_likeness": self.settings.min_likeness,
             "rows_checked": len(rows),
             "counts": dict(sorted(counts.items())),
             "overlaps": sorted(overlaps, key=lambda overlap: overlap["id"]),
@@ -234,6 +248,31 @@ class Decide(PipelineStep):
             columns = {"place": pa.array(places_of, pa.int32()), "reason": pa.array(reasons, pa.string())}
             with whole_file(self.run_folder.rank_file("decisions", "", rank)) as unfinished:
                 pq.write_table(pa.table({**columns, "detail": pa.array(details, pa.string())}), unfinished)
+
+
+class _Pictures:
+    """All pictures by position: ids and hashes in memory, thumbnails read when they are asked for."""
+
+    def __init__(self, run: RunFolder, ids: list[str], hashes: Hashes, ranks: list[int]):
+        self.ids, self.hashes = ids, hashes
+        self._run, self._ranks = run, ranks
+        self._kept: dict[int, Image.Image] = {}
+
+    def keep(self, places: Iterable[int]) -> None:
+        """Read these thumbnails now, file by file, and keep them."""
+        by_rank: dict[int, list[int]] = {}
+        for place in sorted(places):
+            by_rank.setdefault(self._ranks[place], []).append(place)
+        for rank, of_rank in sorted(by_rank.items()):
+            with self._run.images(rank) as images:
+                for place in images.in_file_order(of_rank, lambda place: self.ids[place]):
+                    self._kept[place] = thumbnail(images.get(self.ids[place]))
+
+    def thumbnail(self, place: int) -> Image.Image:
+        if place not in self._kept:
+            with self._run.images(self._ranks[place]) as images:
+                self._kept[place] = thumbnail(images.get(self.ids[place]))
+        return self._kept[place]
 
 
 class Apply(PipelineStep):

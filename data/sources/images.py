@@ -14,7 +14,8 @@ from data.tables import StoredImage
 from huatuo_vision.inputs.images import load_image
 from huatuo_vision.schema import BadSample, ImageRef
 
-HASH_SIDE = 16
+# Of the perceptual hashes: 16 x 16 and 8 x 8 bits.
+_FINE, _COARSE = 16, 8
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
@@ -50,17 +51,18 @@ def store_pixels(image: Image.Image) -> StoredImage:
     return _stored(image.convert("RGB"), buffer.getvalue(), "png")
 
 
-def fingerprints(image: Image.Image) -> tuple[str, bytes]:
-    """SHA-256 over size and pixels of an RGB picture, and its perceptual hash of 256 bits."""
+def fingerprints(image: Image.Image) -> tuple[str, bytes, bytes]:
+    """SHA-256 over size and pixels of an RGB picture, and its perceptual hashes of 256 and of 64 bits."""
     digest = hashlib.sha256(f"RGB {image.width} {image.height}\n".encode())
     digest.update(image.tobytes())
-    bits = imagehash.phash(image, hash_size=HASH_SIDE).hash
-    return digest.hexdigest(), np.packbits(bits).tobytes()
+    grey = image.convert("L")
+    fine, coarse = (np.packbits(imagehash.phash(grey, side).hash).tobytes() for side in (_FINE, _COARSE))
+    return digest.hexdigest(), fine, coarse
 
 
 def _stored(image: Image.Image, data: bytes, suffix: str) -> StoredImage:
-    id_, phash = fingerprints(image)
-    return StoredImage(id_, data, f"{id_}.{suffix}", image.width, image.height, phash)
+    id_, phash, coarse = fingerprints(image)
+    return StoredImage(id_, data, f"{id_}.{suffix}", image.width, image.height, phash, coarse)
 
 
 def _grey_if_grey(image: Image.Image) -> Image.Image:
