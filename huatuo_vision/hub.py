@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -62,6 +62,8 @@ SECRETS = {
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
+
+Present = Mapping[str, RepoFile]  # path -> entry of a revision
 
 # What a push may raise: the client's errors (among them, by import, the base class of its HTTP library's errors, which
 # differs between releases), files that cannot be read, and the two bare types that the client uses: ValueError for
@@ -173,39 +175,112 @@ def push_folder(
     payload = _collect(folder, repo_id, revision, license)
     run = json.loads(payload["run.json"])
 
+    def other_model(api: HfApi, present: Present, head: str, additions: list[CommitOperationAdd]) -> str | None:
+        return _other_model(api, repo_id, head, present, run, additions)
+
+    return _push(
+        payload,
+        repo_id,
+        "model",
+        revision=revision,
+        private=private,
+        overwrite=overwrite,
+        label=_label(run),
+        title=f"{run['recipe']}: {run['phase']} ({run['fingerprint']})",
+        other=other_model,
+        stale=lambda path: _allowed(path) and path.endswith(LOADED),
+    )
+
+
+def push_dataset(folder: Path, repo_id: str, *, revision: str = "main", private: bool, overwrite: bool = False) -> str:
+    """Push a data set that `data.build` finished as one commit; returns the commit's URL.
+
+    What goes up is the card with its pictures, `build.json` and the Parquet files; PubMedVision's files hold the same
+    rows once more and stay. Repository, branch and repeated pushes are as `push_folder` has them.
+
+    Raises UserError for a folder that must not be pushed, rows that their licence keeps from a public repository, a
+    repository of the other visibility, or a revision that holds another data set; else what the client raises.
+    """
+    folder = Path(folder)
+    _check_address(repo_id, revision)
+    payload = _collect_dataset(folder, private=private)
+    build = json.loads(payload["build.json"])
+    label = f"{build['name']} (fingerprint {build['fingerprint']})"
+
+    def other_dataset(api: HfApi, present: Present, head: str, additions: list[CommitOperationAdd]) -> str | None:
+        if not any(path.endswith(".parquet") for path in present):
+            return None
+        if "build.json" not in present:
+            return "a data set without a build.json"
+        path = api.hf_hub_download(repo_id, "build.json", revision=head, repo_type="dataset")
+        try:
+            theirs = json.loads(Path(path).read_text(encoding="utf-8"))
+            same = theirs["fingerprint"] == build["fingerprint"]
+            return None if same else f"{theirs['name']} (fingerprint {theirs['fingerprint']})"
+        except (ValueError, KeyError, TypeError):
+            return "a data set whose build.json cannot be read"
+
+    return _push(
+        payload,
+        repo_id,
+        "dataset",
+        revision=revision,
+        private=private,
+        overwrite=overwrite,
+        label=label,
+        title=label,
+        other=other_dataset,
+        stale=lambda path: path.endswith(".parquet"),
+    )
+
+
+def _push(
+    payload: Mapping[str, bytes | Path],
+    repo_id: str,
+    repo_type: Literal["model", "dataset"],
+    *,
+    revision: str,
+    private: bool,
+    overwrite: bool,
+    label: str,
+    title: str,
+    other: Callable[[HfApi, Present, str, list[CommitOperationAdd]], str | None],
+    stale: Callable[[str], bool],
+) -> str:
+    """One commit with `payload`. `other` names what else a revision holds; `stale` is what must not stay beside it."""
     api = HfApi(library_name="huatuo-vision")
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if bool(api.repo_info(repo_id).private) != private:
+    api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type)
+    if bool(api.repo_info(repo_id, repo_type=repo_type).private) != private:
         is_now, asked, flag = ("public", "private", "--public") if private else ("private", "public", "--private")
         raise UserError(
             f"{repo_id} exists and is {is_now}, but the push asks for a {asked} repository; change it in the "
             f"repository's settings or push with {flag}"
         )
-    if revision not in {branch.name for branch in api.list_repo_refs(repo_id).branches}:
-        first_commit = api.list_repo_commits(repo_id)[-1].commit_id
-        api.create_branch(repo_id, branch=revision, revision=first_commit, exist_ok=True)
-    head = api.repo_info(repo_id, revision=revision).sha
+    if revision not in {branch.name for branch in api.list_repo_refs(repo_id, repo_type=repo_type).branches}:
+        first_commit = api.list_repo_commits(repo_id, repo_type=repo_type)[-1].commit_id
+        api.create_branch(repo_id, branch=revision, revision=first_commit, exist_ok=True, repo_type=repo_type)
+    head = api.repo_info(repo_id, revision=revision, repo_type=repo_type).sha
     present = {
         entry.path: entry
-        for entry in api.list_repo_tree(repo_id, revision=head, recursive=True)
+        for entry in api.list_repo_tree(repo_id, revision=head, recursive=True, repo_type=repo_type)
         if isinstance(entry, RepoFile)
     }
     additions = [CommitOperationAdd(path, content) for path, content in payload.items()]
     deletions = []
-    if found := _other_model(api, repo_id, head, present, run, additions):
+    if found := other(api, present, head, additions):
         if not overwrite:
             raise UserError(
-                f"{repo_id} at revision {revision} already holds {found}, and this push is {_label(run)}; "
+                f"{repo_id} at revision {revision} already holds {found}, and this push is {label}; "
                 "push to another --revision, or replace it with --overwrite"
             )
-        stale = [path for path in present if _allowed(path) and path.endswith(LOADED) and path not in payload]
-        deletions = [CommitOperationDelete(path) for path in stale]
+        deletions = [CommitOperationDelete(path) for path in present if stale(path) and path not in payload]
     commit = api.create_commit(
         repo_id,
         operations=[*deletions, *additions],
-        commit_message=f"{run['recipe']}: {run['phase']} ({run['fingerprint']})",
+        commit_message=title,
         revision=revision,
         parent_commit=head,  # what was checked above is still what gets replaced
+        repo_type=repo_type,
     )
     return commit.commit_url
 
@@ -280,11 +355,9 @@ def render_card(
         tags=["medical", "llava", "huatuo-vision"],
         **({"model_name": record.recipe, "eval_results": list(results)} if results else {}),
     )
-    environment = jinja2.Environment(
-        finalize=_published, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    )
     longest = max((len(ticks) for ticks in re.findall(r"`+", recipe)), default=0)
-    content = environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8")).render(
+    content = render_markdown(
+        CARD_TEMPLATE,
         front_matter=Markup(front_matter.to_yaml()),
         run=record,
         random=[name for name, part in record.base_models.items() if part.config],
@@ -299,6 +372,14 @@ def render_card(
         counts=_counts,
     )
     return str(ModelCard(content + "\n"))
+
+
+def render_markdown(template: Path, **values: Any) -> str:
+    """A card's template filled in: values are printed as inline Markdown, and cannot become markup (Markup can)."""
+    environment = jinja2.Environment(
+        finalize=_published, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 def _published(value: Any) -> str:
@@ -371,6 +452,25 @@ def _collect(folder: Path, repo_id: str, revision: str, license: str) -> dict[st
     payload["run.json"] = record.model_dump_json(by_alias=True, indent=2, exclude_none=True).encode() + b"\n"
     payload["recipe.yaml"] = recipe.encode()
     payload["README.md"] = card.encode()
+    _refuse_secrets(folder, payload)
+    return payload
+
+
+def _collect_dataset(folder: Path, *, private: bool) -> dict[str, bytes | Path]:
+    """Path in the repository -> content; raises UserError for all that must not be pushed. No request is made here."""
+    if not (folder / "build.json").is_file() or not (folder / "README.md").is_file():
+        raise UserError(f"{folder} has no build.json and README.md; push the out/ folder of a finished data.build")
+    files = sorted(folder.glob("*/*/*.parquet"))
+    if not files:
+        raise UserError(f"{folder} holds no */*/*.parquet, so there is no data set to push")
+    if not private and (kept := [file for file in files if file.relative_to(folder).parts[0] == "restricted"]):
+        raise UserError(
+            f"{kept[0]} holds rows whose licence does not let them be passed on (class restricted); push to a private "
+            "repository, or move that folder away"
+        )
+    payload: dict[str, bytes | Path] = {file.relative_to(folder).as_posix(): file for file in files}
+    for name in ("README.md", "build.json", *(path.name for path in sorted(folder.glob("*.png")))):
+        payload[name] = (folder / name).read_bytes()
     _refuse_secrets(folder, payload)
     return payload
 
