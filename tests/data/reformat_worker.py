@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data.config import Executor, Reformat
-from data.executor import run_local, start
+from data.executor import LocalRun, start
 from data.reformat import reformat_pass
 from data.tables import RunFolder
 from huatuo_vision.cli import run_command
@@ -19,7 +19,8 @@ def main() -> None:
     settings = Reformat(method="mllm_reformatted", model="m", base_url=url, concurrency=4, max_retries=1)
     work = reformat_pass(run, settings, run.tasks("dedup"))
     start(run, work, "")
-    run_local(run, work, Executor(workers=1), Console(stderr=True))
+    with LocalRun(Executor(workers=1), Console(stderr=True)) as local:
+        local.run(run, work)
 
 
 if __name__ == "__main__":

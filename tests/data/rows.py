@@ -19,7 +19,9 @@ def stored(number: int, side: int = 48, format: str = "JPEG") -> StoredImage:
     file = io.BytesIO()
     image.save(file, format)
     digest = hashlib.sha256(image.tobytes()).hexdigest()
-    return StoredImage(digest, file.getvalue(), f"{digest}.{format.lower()}", *image.size, digest.encode()[:32])
+    return StoredImage(
+        digest, file.getvalue(), f"{digest}.{format.lower()}", *image.size, digest.encode()[:32], digest.encode()[:8]
+    )
 
 
 def pair(number: int, n_images: int = 1, **changed: object) -> Pair:
