@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shutil
 import time
 import zipfile
@@ -30,6 +29,7 @@ from datatrove.pipeline.base import PipelineStep
 from PIL import Image as Pillow
 
 from data.config import Assemble
+from data.sources.licences import family, licence_name
 from data.steps import Pass, ReadPairs
 from data.tables import Counts, Pair, RunFolder
 from huatuo_vision.caption_requests import caption_request
@@ -58,8 +58,8 @@ FEATURES = Features(
     }
 )
 
-_OPEN = re.compile(r"CC0|CC-BY(-SA)?")
-_VERSION = re.compile(r"-\d[\d.]*$")
+_COMMERCIAL = ("CC0", "Public-Domain", "CC-BY", "CC-BY-SA")
+_NONCOMMERCIAL = ("CC-BY-NC", "CC-BY-NC-SA")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "TIFF": "tif", "GIF": "gif", "WEBP": "webp", "BMP": "bmp"}
 
 # What a page of the dataset viewer or a shuffled read fetches at once.
@@ -68,11 +68,9 @@ _ROW_GROUP_ROWS = 256
 
 
 def licence_class(licence: str | None) -> LicenceClass:
-    """commercial: CC0, CC BY, CC BY-SA. noncommercial: Creative Commons with NC. restricted: all else, and unknown."""
-    name = _VERSION.sub("", re.sub(r"[\s_]+", "-", (licence or "").strip().upper()))
-    if _OPEN.fullmatch(name):
-        return "commercial"
-    return "noncommercial" if re.fullmatch(r"CC-BY-NC(-SA)?", name) else "restricted"
+    """commercial: CC0, CC BY, CC BY-SA. noncommercial: CC BY-NC, CC BY-NC-SA. restricted: all else, and unknown."""
+    name = family(licence_name(licence or "") or "")
+    return "commercial" if name in _COMMERCIAL else "noncommercial" if name in _NONCOMMERCIAL else "restricted"
 
 
 def assemble_pass(run: RunFolder, settings: Assemble, tasks: int) -> Pass:

@@ -22,6 +22,7 @@ from datatrove.executor.base import PipelineExecutor
 from rich.console import Console
 from rich.table import Table
 
+from data.card import write_card
 from data.config import BuildConfig, load_config
 from data.executor import LocalRun, cluster_executor, fingerprint, start
 from data.funnel import draw_funnel, funnel, print_funnel, write_funnel
@@ -115,6 +116,8 @@ def build(build: Build, steps: Sequence[str], executor: str, console: Console) -
             if work.finish is not None and run.is_complete(work.name):
                 work.finish()
     _report(run, console)
+    if "assemble" in steps and run.is_complete("assemble"):
+        console.print(f"the data set and its card: {write_card(run, build.config)}", soft_wrap=True)
     if after is not None and not run.is_complete(planned[steps[-1]][-1].name):
         console.print(f"submitted to {executor}; run the same command again when its jobs have ended, for the funnel")
 
@@ -209,6 +212,9 @@ def main() -> None:
     parser.add_argument("--step", choices=STEPS, help="only this one; what it builds on must be complete")
     parser.add_argument("--limit", type=int, metavar="N", help="read the first N articles (or rows of pairs) only")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.add_argument(
+        "--estimate", action="store_true", help="ask about 50 rows that reach reformat, and say what all would cost"
+    )
     parser.add_argument("--executor", choices=("local", "slurm", "ray"), default="local")
     arguments = parser.parse_args()
     if arguments.limit is not None and arguments.limit < 1:
@@ -217,6 +223,9 @@ def main() -> None:
     work = Build(load_config(arguments.config), arguments.source, RunFolder(arguments.out), arguments.limit)
     if arguments.dry_run:
         describe(work, console)
+        return
+    if arguments.estimate:
+        estimate_run(work.run, work.config.reformat, console)
         return
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -217,14 +217,6 @@ class Assemble(Strict):
     )
 
 
-class Publish(Strict):
-    """Where the finished data set is pushed."""
-
-    repo_id: str
-    private: bool = True
-    revision: str = "main"
-
-
 class Executor(Strict):
     """How tasks are run. Changes nothing in the result."""
 
@@ -241,8 +233,8 @@ class BuildConfig(Strict):
     dedup: Dedup = Dedup()
     reformat: Reformat = Reformat()
     assemble: Assemble = Assemble()
-    publish: Publish | None = None
     executor: Executor = Executor()
+    notice: str | None = Field(None, description="stands at the top of the data card, where something is not real")
 
 
 def load_config(path: Path) -> BuildConfig:

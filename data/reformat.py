@@ -14,16 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
+from rich.console import Console
+from rich.table import Table
 
 from data.config import Reformat
 from data.mllm.ask import Asked, Asker, Stopped
 from data.mllm.cache import AnswerCache
+from data.mllm.estimate import estimate
 from data.mllm.prompts import prompt_version
 from data.mllm.requests import Figure, scenario
 from data.steps import Pass, Rows, row_pass
 from data.tables import Dropped, Pair, RunFolder
+from huatuo_vision.schema import UserError
 
 STAGE, PREVIOUS = "reformat", "dedup"
+ESTIMATE_ROWS = 50
 # Rows are passed on in their own order: while one is slow, so many requests' worth of others may be ahead of it.
 _AHEAD = 4
 
@@ -40,6 +45,46 @@ def answers_folder(run: RunFolder) -> Path:
 
 def figure_of(pair: Pair) -> Figure:
     return Figure(pair.id, pair.image_ids, pair.caption, pair.context)
+
+
+def estimate_run(run: RunFolder, settings: Reformat, console: Console) -> None:
+    """Ask about rows from all over the stage's input, and say what all of them would take. Raises UserError."""
+    if settings.method == "native_caption":
+        raise UserError("reformat.method native_caption asks no model, so there is nothing to estimate")
+    tasks = run.tasks(PREVIOUS)
+    counts = [run.rank_counts(PREVIOUS, rank).rows_out for rank in range(tasks)]
+    total = sum(counts)
+    wanted = {n * total // ESTIMATE_ROWS for n in range(ESTIMATE_ROWS)} if total > ESTIMATE_ROWS else set(range(total))
+    sample: list[Figure] = []
+    pictures: dict[str, list[bytes]] = {}
+    first = 0
+    for rank, count in enumerate(counts):
+        here = {n - first for n in wanted if first <= n < first + count}
+        first += count
+        if not here:
+            continue
+        with run.images(rank) as images:
+            for place, pair in enumerate(run.pairs(PREVIOUS, rank)):
+                if place in here:
+                    sample.append(figure_of(pair))
+                    pictures[pair.id] = [images.get(image_id) for image_id in pair.image_ids]
+    with AnswerCache(answers_folder(run), "estimate") as cache, console.status(f"asking about {len(sample)} rows"):
+        made = estimate(total, sample, settings, cache, lambda figure: pictures[figure.id])
+    usage, factor = made.usage, made.factor
+    table = Table("", f"{made.asked} rows asked", f"all {made.rows:,} rows", title=f"{settings.model}, an estimate")
+    table.add_row("states", ", ".join(f"{state} {n}" for state, n in made.states.items()), "")
+    table.add_row("prompt tokens", f"{usage.prompt_tokens:,}", f"{usage.prompt_tokens * factor:,.0f}")
+    table.add_row("new tokens", f"{usage.new_tokens:,}", f"{usage.new_tokens * factor:,.0f}")
+    if made.cost is not None:
+        currency = settings.prices.currency
+        table.add_row("cost online", f"{made.cost / factor:,.4f} {currency}", f"{made.cost:,.2f} {currency}")
+        table.add_row("cost in batches", "", f"{made.batch_cost:,.2f} {currency}")
+    if made.hours is not None:
+        table.add_row("hours, one task", "", f"{made.hours:,.2f} at {settings.concurrency} requests at once")
+    console.print(table)
+    if usage.uncounted:
+        console.print(f"{usage.uncounted} answers came without token counts: tokens and cost are too low")
+    console.print("the answers are kept: the stage reformat won't ask for them again")
 
 
 class Describe(PipelineStep):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.config import Reformat
@@ -12,8 +12,6 @@ from data.mllm.ask import Asked, Asker, ReadImages, Stopped, usage_of
 from data.mllm.cache import AnswerCache, Usage
 from data.mllm.requests import Figure, request_key
 from huatuo_vision.schema import UserError
-
-SAMPLE_ROWS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +38,9 @@ class Estimate:
 
 
 def estimate(
-    rows: int, figures: Iterator[Figure], settings: Reformat, cache: AnswerCache, read_images: ReadImages
+    rows: int, sample: Sequence[Figure], settings: Reformat, cache: AnswerCache, read_images: ReadImages
 ) -> Estimate:
-    """Ask about `figures`, a sample of `rows`. Raises UserError where nobody answers."""
-    sample = list(figures)
+    """Ask about `sample`, some of `rows`. Raises UserError where nobody answers."""
     if not sample:
         raise UserError("no row reaches the stage reformat, so there is nothing to estimate; look at the funnel")
     begin = time.monotonic()

@@ -117,7 +117,7 @@ def test_an_estimate_multiplies_and_its_answers_are_kept(tmp_path: Path) -> None
     asked = {"prices": {"input": 1000, "output": 2000}}
     with endpoint(good) as served:
         with AnswerCache(answers_folder(run), "estimate") as cache, run.images(0) as images:
-            figures = map(figure_of, list(run.pairs("dedup", 0))[:5])
+            figures = [figure_of(row) for row in run.pairs("dedup", 0)][:5]
             read = lambda figure: [images.get(i) for i in figure.image_sha256]  # noqa: E731
             made = estimate(10, figures, settings(served.url, **asked), cache, read)
         assert (made.asked, made.states, made.new_requests) == (5, {"ok": 5}, 5)
