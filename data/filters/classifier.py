@@ -15,10 +15,10 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import track
 
@@ -39,7 +39,7 @@ _C = 0.1
 class Classifier(Strict):
     """Weights on an encoder's vectors, and how well they did on rows that they were not trained on."""
 
-    schema_version: int = Field(1, alias="schema")
+    version: Literal[1] = 1
     encoder: str
     weights: tuple[float, ...]
     bias: float
@@ -101,7 +101,6 @@ def train(
     validation |= {"auc": round(float(roc_auc_score(wanted, held_out)), 4)} | _scores(wanted, held_out, threshold)
     validation["at_thresholds"] = {f"{t / 10:.1f}": _scores(wanted, held_out, t / 10) for t in range(1, 10)}
     return Classifier(
-        schema=1,
         encoder=encoder,
         weights=tuple(float(w) for w in weights),
         bias=float(head.intercept_[0] - weights @ scaler.mean_),
@@ -167,7 +166,7 @@ def main() -> None:
     if not rows:
         raise UserError(f"--rows {arguments.rows} holds no row")
     classifier = train(np.concatenate(vectors), labels, groups, encoder_name(settings), arguments.threshold, digest)
-    write_json(arguments.out, classifier.model_dump(mode="json", by_alias=True))
+    write_json(arguments.out, classifier.model_dump(mode="json"))
     found = classifier.validation
     print(
         f"{arguments.out}: {found['n']} rows in {found['groups']} groups, held out in {_FOLDS} folds: accuracy "
