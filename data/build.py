@@ -22,7 +22,6 @@ from datatrove.executor.base import PipelineExecutor
 from rich.console import Console
 from rich.table import Table
 
-from data.card import write_card
 from data.config import BuildConfig, load_config
 from data.executor import LocalRun, cluster_executor, fingerprint, start
 from data.funnel import draw_funnel, funnel, print_funnel, write_funnel
@@ -117,6 +116,8 @@ def build(build: Build, steps: Sequence[str], executor: str, console: Console) -
                 work.finish()
     _report(run, console)
     if "assemble" in steps and run.is_complete("assemble"):
+        from data.card import write_card
+
         console.print(f"the data set and its card: {write_card(run, build.config)}", soft_wrap=True)
     if after is not None and not run.is_complete(planned[steps[-1]][-1].name):
         console.print(f"submitted to {executor}; run the same command again when its jobs have ended, for the funnel")
@@ -225,6 +226,8 @@ def main() -> None:
         describe(work, console)
         return
     if arguments.estimate:
+        from data.reformat import estimate_run
+
         estimate_run(work.run, work.config.reformat, console)
         return
     try:
