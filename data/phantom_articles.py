@@ -100,6 +100,15 @@ def _mention(facts: Facts, number: int, reference: str) -> str:
     )
 
 
+def _picture(facts: Facts, rng: np.random.Generator, side: int = SIDE) -> Image.Image:
+    """A picture like no other: turned and unevenly lit, since data.phantom's views of one organ are nearly alike."""
+    image = draw_picture(facts, rng, side).convert("RGB")
+    image = image.rotate(rng.uniform(-30, 30), Image.Resampling.BILINEAR, fillcolor=(8, 8, 8))
+    coarse = Image.fromarray(rng.uniform(0.35, 1.35, (4, 4)).astype(np.float32))
+    light = np.asarray(coarse.resize(image.size, Image.Resampling.BICUBIC))[..., None]
+    return Image.fromarray(np.clip(np.asarray(image) * light, 0, 255).astype(np.uint8))
+
+
 def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
@@ -162,12 +171,9 @@ class _Writer:
         files: dict[str, bytes | None] = {}
         for k in range(n_images):
             # Several pictures of one figure show the same examination with other findings.
-            shown = (
-                facts if k == 0 else Facts(facts.modality, facts.body_part, (facts.count + k) % 4, facts.size, "left")
-            )
+            shown = facts if k == 0 else replace(facts, count=(facts.count + k) % 4)
             name = f"phantom-{article}-{figure_id}{'abcd'[k] if n_images > 1 else ''}.{extension}"
-            picture = draw_picture(shown, rng, SIDE)
-            files[name] = _encoded(picture.convert("RGB"), {"jpg": "JPEG", "png": "PNG", "tif": "TIFF"}[extension])
+            files[name] = _encoded(_picture(shown, rng), {"jpg": "JPEG", "png": "PNG", "tif": "TIFF"}[extension])
         caption = _caption(facts, self.number)
         if n_images > 1:
             caption += f" The {_ORDINALS[n_images - 1]} image is the last of the series."
@@ -213,7 +219,7 @@ def _plant_empty_and_animated(article: _Article, writer: _Writer, n: int) -> Non
 
 def _plant_small(article: _Article, writer: _Writer, n: int) -> None:
     figure = article.figures[1]
-    picture = draw_picture(_facts(_rng(writer.seed, n, 50)), _rng(writer.seed, n, 51), SMALL_SIDE).convert("RGB")
+    picture = _picture(_facts(_rng(writer.seed, n, 50)), _rng(writer.seed, n, 51), SMALL_SIDE)
     figure.files = {name: _encoded(picture, "JPEG") for name in figure.files}
     figure.drop = "low_resolution"
 
@@ -389,7 +395,7 @@ def _write_labelled(folder: Path, seed: int) -> None:
         rng = _rng(seed, 1_000_000, n)
         label = ("medical", "chart", "medical", "diagram")[n % 4]
         if label == "medical":
-            picture = draw_picture(_facts(rng), rng, SIDE).convert("RGB")
+            picture = _picture(_facts(rng), rng)
         else:
             picture = (_chart if label == "chart" else _diagram)(rng)
         name = f"{label}-{n}.jpg"
