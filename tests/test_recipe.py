@@ -91,6 +91,11 @@ REFUSED = [
     ("data.captions={adapter: pubmedvision, path: x}", "adapter pubmedvision needs config"),
     ("data.captions={adapter: llava, path: x, config: chinese}", "belong to adapter pubmedvision"),
     ("data.captions={adapter: captions, path: x, seed: 1}", "seed belong to adapter phantom"),
+    ("model.llava={path: x}", "model: vision_encoder, language_model come with the llava checkpoint"),
+    ("model={llava: {path: x}, feature_layer: -1}", "model: feature_layer come with the llava checkpoint"),
+    ("model={language_model: {path: x}}", "model: vision_encoder missing; give vision_encoder and language_model"),
+    ("model={llava: {}}", "model.llava: give exactly one of id, path; got none of them"),
+    ("launch={config: single, processes: 2}", "launch: config single is one process, and processes is 2"),
     ("hub.push=final", "push: final needs a repo_id and a license"),
     ("name=../x", "name: got '../x' (str); string should match"),
     ("phases.align.data.0.weight=.inf", "phases.align.data.0.weight: got inf (float); input should be a finite number"),
@@ -167,6 +172,17 @@ def test_fingerprint_is_of_what_is_learnt(small):
     later = load_recipe(small, ["phases.instruct.epochs=2"])
     assert later.fingerprint("align") == recipe.fingerprint("align")
     assert differing_keys(later, recipe) == ["phases.instruct.epochs"]
+
+
+def test_where_things_come_from_is_not_what_is_learnt(small, tmp_path):
+    llava = ["model={llava: {path: x}}", "data.captions={adapter: captions, path: x}"]
+    recipe = load_recipe(small, llava)
+    for same in ("model.llava.made_by=r.yaml", "data.captions.expected_rows=5", "launch={config: ddp, processes: 8}"):
+        assert load_recipe(small, [*llava, same]).fingerprint() == recipe.fingerprint(), same
+    assert load_recipe(small, [*llava, "model.llava.path=y"]).fingerprint() != recipe.fingerprint()
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert "feature_layer" not in (tmp_path / "resolved.yaml").read_text()
 
 
 def test_schema_is_printed_and_forbids_unknown_keys():

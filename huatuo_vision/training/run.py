@@ -173,13 +173,11 @@ def _data_record(recipe: Recipe, phases: Sequence[str], report: Any) -> dict[str
 def _compose_base(recipe: Recipe, out: Path, console: Console) -> None:
     base = out / "base"
     if not (base / "base.json").exists():
-        console.print("composing the base model (vision encoder, projector, language model)")
+        console.print(f"writing the base model ({', '.join(recipe.model.pretrained)})")
         shutil.rmtree(base, ignore_errors=True)
-        needs_texts = recipe.model.language_model.tokenizer and recipe.model.language_model.tokenizer.vocab_size
-        compose_processor(recipe.model, base, recipe_texts(recipe) if needs_texts else None)
+        compose_processor(recipe.model, base, recipe_texts(recipe) if recipe.model.trains_tokenizer else None)
         compose_weights(recipe.model, base, recipe.seed)
-        parts = {"vision_encoder": recipe.model.vision_encoder, "language_model": recipe.model.language_model}
-        write_json(base / "base.json", {name: _origin(spec) for name, spec in parts.items()})
+        write_json(base / "base.json", {name: _origin(spec) for name, spec in recipe.model.pretrained.items()})
     import json
 
     _record(out, base_models=json.loads((base / "base.json").read_text()))
