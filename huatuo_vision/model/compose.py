@@ -290,7 +290,7 @@ def _model_type(source: _Source) -> str:
     return str(values.get("model_type"))
 
 
-def _from_values(values: dict[str, Any], part: str) -> PreTrainedConfig:
+def config_from_values(values: dict[str, Any], part: str) -> PreTrainedConfig:
     """A config from a recipe's own values. transformers would take a misspelt key as one more attribute."""
     values = copy.deepcopy(values)  # transformers completes a rope_scaling in place, and the recipe is frozen
     config_class = type(AutoConfig.for_model(values.pop("model_type")))
@@ -324,7 +324,7 @@ def _vision_config(spec: VisionEncoderSpec) -> CLIPVisionConfig | SiglipVisionCo
         )
     config_class = _ENCODERS[model_type].config
     if spec.config is not None:
-        return _from_values(spec.config | {"model_type": config_class.model_type}, "vision_encoder")
+        return config_from_values(spec.config | {"model_type": config_class.model_type}, "vision_encoder")
     return config_class.from_pretrained(source.location, revision=source.revision)
 
 
@@ -340,7 +340,7 @@ def _text_config(spec: LanguageModelSpec) -> PreTrainedConfig:
             "(Yi is llama, Qwen2.5 is qwen2)"
         )
     if spec.config is not None:
-        return _from_values(spec.config, "language_model")
+        return config_from_values(spec.config, "language_model")
     return AutoConfig.from_pretrained(source.location, revision=source.revision)
 
 
