@@ -152,50 +152,49 @@ def _plan(
 
 
 def shipped_recipes(folder: Path) -> Iterator[Path]:
-    """Every recipe under `folder`. Launch configurations and sets of ablations, which lie there too, name no model."""
-    for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.relative_to(folder).parts) > 1, path)):
+    """Every recipe under `folder`, a base before what is built on it. Other files that lie there name no model."""
+
+    def place(path: Path) -> tuple[int, str]:
+        return len(path.relative_to(folder).parts), str(path.with_suffix(""))
+
+    for path in sorted(folder.rglob("*.yaml"), key=place):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "model" in values or "base" in values and "name" in values:
+        if "model" in values or "ablates" in values:
             yield path
 
 
 def plans_table(folder: Path) -> str:
-    """Markdown: a line for each phase of each recipe that names its launch."""
-    lines = [
-        "| recipe | GPUs | phase | samples | steps x batch | rows per step | supervised tokens | PFLOP | GPU-hours | GiB per GPU |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    """Markdown: a line for each phase of each recipe that names its launch; what another has already is not repeated."""
+    columns = ("samples", "steps x batch", "rows per step", "supervised tokens", "PFLOP", "GPU-hours", "GiB per GPU")
+    lines = [f"| recipe | GPUs | phase | {' | '.join(columns)} |", "| --- | --- | --- |" + " ---: |" * len(columns)]
+    before: dict[str, str] = {}  # fingerprint through a phase -> the first recipe that has it
     for path in shipped_recipes(folder):
         recipe = load_recipe(path)
         launch = recipe.launch
         if launch is None or launch.config == "cpu":
             continue
-        shape, total = known_shape(recipe.model), 0.0
+        shape = known_shape(recipe.model)
         relative = path.relative_to(folder)
-        title, gpus = (
-            f"[{relative.with_suffix('')}]({relative})",
-            f"{launch.processes} x {launch.gpu_gb} GB, {launch.config}",
-        )
+        title = f"[{relative.with_suffix('')}]({relative})"
+        gpus = f"{launch.processes} x {launch.gpu_gb} GB, {launch.config}"
         for name, phase in recipe.phases.items():
-            rows = {e.source: recipe.data[e.source].expected_rows or ROWS_OF_YOUR_OWN for e in phase.data}
-            plan = assumed_plan(recipe, name, shape, rows, launch.processes, launch.sharding)
-            total += plan.gpu_hours
-            cells = (
-                title,
-                gpus,
-                name,
-                f"{plan.samples:,}",
-                f"{plan.steps:,} x {plan.global_batch_size}",
-                f"{plan.processes} x {plan.accumulation}",
-                f"{plan.supervised_tokens / 1e6:,.1f} M",
-                f"{plan.flops / 1e15:,.0f}",
-                f"{plan.gpu_hours:,.1f}",
-                f"{plan.memory_gib:,.0f}",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
+            same = before.setdefault(recipe.fingerprint(name), recipe.name)
+            if same != recipe.name:
+                lines.append(f"| {title} | {gpus} | {name} | as {same} |{' |' * (len(columns) - 1)}")
+            else:
+                rows = {e.source: recipe.data[e.source].expected_rows or ROWS_OF_YOUR_OWN for e in phase.data}
+                plan = assumed_plan(recipe, name, shape, rows, launch.processes, launch.sharding)
+                cells = (
+                    f"{plan.samples:,}",
+                    f"{plan.steps:,} x {plan.global_batch_size}",
+                    f"{plan.processes} x {plan.accumulation}",
+                    f"{plan.supervised_tokens / 1e6:,.1f} M",
+                    f"{plan.flops / 1e15:,.0f}",
+                    f"{plan.gpu_hours:,.1f}",
+                    f"{plan.memory_gib:,.0f}",
+                )
+                lines.append(f"| {title} | {gpus} | {name} | {' | '.join(cells)} |")
             title = gpus = ""
-        if len(recipe.phases) > 1:
-            lines.append(f"| | | all | | | | | | **{total:,.1f}** | |")
     return "\n".join(lines) + "\n"
 
 
