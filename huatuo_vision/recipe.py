@@ -214,7 +214,7 @@ _CHECKPOINTS_OWN = ("vision_encoder", "language_model", "projector", "feature_la
 class Columns(Strict):
     """Which columns of a row hold what."""
 
-    id: str | None = Field("id", description="null: rows have no id, and are called by their place")
+    id: str | Literal[False] = Field("id", description="false: rows have no id, and are called by their place")
     image: str = "image"
     caption: str = "caption"
     context: str | None = Field(None, description="column of in-text mentions, added to the caption in the answer")
@@ -524,7 +524,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         base_values = _read_yaml(base_path)
         if base_values.get("base") is not None:
             raise UserError(f"{path}: base {values['base']} has a base of its own; inheritance is one level deep")
-        values = _merge(base_values, values)
+        # The row of a paper that the base stands for is not the ablation's.
+        values = _merge({key: value for key, value in base_values.items() if key != "reproduces"}, values)
     for override in overrides:
         _apply_override(values, override)
     recipe = _validate(values, path)

@@ -45,13 +45,80 @@ def small(tmp_path) -> Path:
     return write(tmp_path, SMALL)
 
 
-SHIPPED = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
+RECIPES = ROOT / "recipes"
+# Sets of ablations, which lie there too, name recipes and are none.
+SHIPPED = [
+    path
+    for path in sorted(RECIPES.rglob("*.yaml"))
+    if path.parent.name != "accelerate" and yaml.safe_load(path.read_text()).keys() & {"model", "ablates"}
+]
+PAPER = [path for path in SHIPPED if path.is_relative_to(RECIPES / "paper")]
 
 
-def test_every_shipped_recipe_resolves():
-    assert len(SHIPPED) >= 4
-    for path in SHIPPED:
-        assert load_recipe(path).phases
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(RECIPES)) for path in paths]
+
+
+def test_recipes_are_shipped():
+    assert len(SHIPPED) >= 33
+    assert len(PAPER) >= 26
+    recipes = [load_recipe(path) for path in SHIPPED]
+    assert len({recipe.name for recipe in recipes}) == len(recipes), "runs/NAME would be shared"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
+def test_every_shipped_recipe_resolves(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe.phases
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml").fingerprint() == recipe.fingerprint()
+    command = next(line for line in path.read_text().splitlines() if "--recipe" in line)
+    assert f"--recipe {path.relative_to(ROOT)}" in command
+    if recipe.launch is not None:
+        assert (RECIPES / "accelerate" / f"{recipe.launch.config}.yaml").is_file()
+
+
+MEMBERS = [path for path in SHIPPED if yaml.safe_load(path.read_text()).get("base")]
+# What says which experiment it is, not what is learnt.
+FREE = {"name", "base", "ablates", "reproduces", "hub"}
+
+
+def flat(values: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    pairs = (flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items())
+    return {key: value for found in pairs for key, value in found.items()}
+
+
+@pytest.mark.parametrize("path", MEMBERS, ids=names(MEMBERS))
+def test_an_ablation_differs_in_what_it_names_and_in_nothing_else(path):
+    values = yaml.safe_load(path.read_text())
+    recipe, base = load_recipe(path), load_recipe(path.parent / values["base"])
+    left, right = (flat({k: v for k, v in r.model_dump(mode="json").items() if k not in FREE}) for r in (recipe, base))
+    differs = {key for key in left.keys() | right.keys() if left.get(key) != right.get(key)}
+    ablates = set(recipe.ablates)
+    assert differs and ablates
+    within = {named: {key for key in differs if key == named or key.startswith(f"{named}.")} for named in ablates}
+    assert set().union(*within.values()) == differs, "differs in a key that ablates does not name"
+    assert all(within.values()), f"ablates names what does not differ: {[k for k, v in within.items() if not v]}"
+    written = {key for key in flat({k: v for k, v in values.items() if k not in FREE})}
+    idle = {key for key in written if not any(key == d or d.startswith(f"{key}.") for d in differs)}
+    assert not idle, f"repeats the base's value: {sorted(idle)}"
+
+
+@pytest.mark.parametrize("path", PAPER, ids=names(PAPER))
+def test_what_a_recipe_reproduces_is_what_was_published(path):
+    from huatuo_vision.evaluation.published import PUBLISHED
+
+    recipe = load_recipe(path)
+    if recipe.name.startswith("stage1-projector"):
+        assert recipe.reproduces is None, "the paper has one row for both readings"
+        return
+    for benchmark, target in recipe.reproduces.targets.items():
+        assert benchmark in PUBLISHED, benchmark
+        published = {p.model: p.value for p in PUBLISHED[benchmark]}
+        if recipe.reproduces.table in (2, "README"):
+            assert published[recipe.reproduces.row] == pytest.approx(target / 100), (benchmark, target)
 
 
 REFUSED = [

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -71,7 +71,7 @@ class RowContext:
 def adapt(row: object, source: str, spec: SourceSpec, find_image: Callable[[str], ImageRef], position: int) -> Sample:
     """The row at `position` as a Sample, by the source's adapter. Raises BadSample for a row of another shape."""
     identity = row_id(row, spec) if isinstance(row, Mapping) else None
-    by_place = id_key(spec) is None
+    by_place = id_key(spec) is False
     context = RowContext(source, spec, identity or f"row {position}", find_image)
     if not isinstance(row, Mapping):
         raise context.refuse(f"the row is {_describe(row)}; expected an object with keys")
@@ -93,8 +93,8 @@ def adapt(row: object, source: str, spec: SourceSpec, find_image: Callable[[str]
             return _messages(row, context)
 
 
-def id_key(spec: SourceSpec) -> str | None:
-    """The column of ids; None where rows have none and are called by their place."""
+def id_key(spec: SourceSpec) -> str | Literal[False]:
+    """The column of ids; False where rows have none and are called by their place."""
     return spec.columns.id if spec.adapter in ("captions", "vqa", "messages") else "id"
 
 
@@ -105,7 +105,7 @@ def row_id(row: Row, spec: SourceSpec) -> str:
     about the same picture, so a digest of the conversation is added. Equal ids are then repeated rows.
     """
     key = id_key(spec)
-    value = row.get(key) if key is not None else None
+    value = row.get(key) if key else None
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         return ""
     if spec.adapter in ("llava", "llava_med"):

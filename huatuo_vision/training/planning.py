@@ -164,7 +164,7 @@ def shipped_recipes(folder: Path) -> Iterator[Path]:
 
 
 def plans_table(folder: Path) -> str:
-    """Markdown: a line for each phase of each recipe that names its launch; what another has already is not repeated."""
+    """Markdown: a line for each phase of each recipe that names its launch; a phase that they share is counted once."""
     columns = ("samples", "steps x batch", "rows per step", "supervised tokens", "PFLOP", "GPU-hours", "GiB per GPU")
     lines = [f"| recipe | GPUs | phase | {' | '.join(columns)} |", "| --- | --- | --- |" + " ---: |" * len(columns)]
     before: dict[str, str] = {}  # fingerprint through a phase -> the first recipe that has it

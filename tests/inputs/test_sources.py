@@ -227,7 +227,7 @@ def test_messages_of_both_kinds(folder):
 
 def test_messages_as_sharegpt_has_them_without_ids(folder):
     chat = [{"from": "system", "value": "Be brief."}, *talk("Which organ?", "The liver, not <image>.")]
-    source = folder.open([{"id": None, "turns": chat}] * 2, "messages", columns={"id": None, "messages": "turns"})
+    source = folder.open([{"id": None, "turns": chat}] * 2, "messages", columns={"id": False, "messages": "turns"})
     sample = source.sample(1)
     assert sample.id == source.row_id(1) == "row 1"
     assert [(m.role, m.content) for m in sample.messages] == [
@@ -236,7 +236,7 @@ def test_messages_as_sharegpt_has_them_without_ids(folder):
         ("assistant", "The liver, not < image >."),
     ]
     chat[0]["from"] = "tool"
-    refusal = folder.refusal({"turns": chat}, "messages", columns={"id": None, "messages": "turns"})
+    refusal = folder.refusal({"turns": chat}, "messages", columns={"id": False, "messages": "turns"})
     assert refusal.reason == "wrong_role" and "turns[0] is from 'tool'; expected human, gpt or system" in str(refusal)
 
 
@@ -244,7 +244,7 @@ QUESTION = {"image": "a.png", "question": "Is <image> there a mass?", "answer": 
 
 
 def test_questions_and_answers(folder):
-    sample = folder.sample(QUESTION, "vqa", columns={"id": None})
+    sample = folder.sample(QUESTION, "vqa", columns={"id": False})
     assert [m.content for m in sample.messages] == ["<image>\nIs < image > there a mass?", "No"]
     assert sample.id == "row 0"
 
@@ -264,7 +264,7 @@ def test_questions_with_options_are_asked_as_in_evaluation(folder):
 def test_csv_keeps_answers_that_look_like_gaps(folder):
     file = folder.path / "train.csv"
     file.write_text('Figure,Q,A,Answer\na.png,"Which, if any?",None,A\nb.png,"Two\nlines?",NA,A\n')
-    columns = {"id": None, "image": "Figure", "question": "Q", "answer": "Answer", "options": ["A"]}
+    columns = {"id": False, "image": "Figure", "question": "Q", "answer": "Answer", "options": ["A"]}
     source = folder.open_file(file, "vqa", columns=columns)
     assert [source.sample(i).messages[0].content.splitlines()[-2] for i in range(2)] == ["A. None", "A. NA"]
     assert len(source) == 2 and "Which, if any?" in source.sample(0).messages[0].content
