@@ -121,6 +121,19 @@ def test_what_a_recipe_reproduces_is_what_was_published(path):
             assert published[recipe.reproduces.row] == pytest.approx(target / 100), (benchmark, target)
 
 
+def test_the_readmes_table_has_every_recipe_and_its_numbers():
+    lines = (RECIPES / "README.md").read_text().splitlines()
+    for path in (path for path in SHIPPED if path.parent.name != "mini"):
+        recipe, place = load_recipe(path), path.relative_to(RECIPES)
+        found = [line for line in lines if line.startswith(f"| [{recipe.name}]({place}) |") and "`train " in line]
+        assert len(found) == 1, place
+        cells = [cell.strip() for cell in found[0].split("|")[1:-1]]
+        targets = recipe.reproduces.targets if recipe.reproduces else {}
+        assert [float(text.split()[-1]) for text in cells[2].split(", ") if text] == list(targets.values()), place
+        config = recipe.launch.config if recipe.launch else "cpu"
+        assert cells[4].removeprefix("`train ").rstrip("`").split()[:2] == [config, str(place.with_suffix(""))]
+
+
 REFUSED = [
     ("phases.align.epoch=2", "phases.align: unknown key 'epoch'; did you mean 'epochs'?"),
     ("phases.aling.epochs=2", "unknown phase; expected one of text, align, instruct, anneal, did you mean 'align'?"),
@@ -222,7 +235,9 @@ def test_base_and_ablates(tmp_path):
     change = {"name": "b", "base": "base.yaml", "phases": {"align": {"epochs": 2}}}
     with pytest.raises(UserError, match=r"differs from its base in phases.align.epochs, which ablates does not name"):
         load_recipe(write(tmp_path, change))
+    write(tmp_path, SMALL | {"reproduces": {"paper": "p", "table": 1, "row": "r", "targets": {}}}, "base.yaml")
     recipe = load_recipe(write(tmp_path, change | {"ablates": ["phases.align.epochs"]}))
+    assert recipe.reproduces is None, "that row is the base's"
     assert recipe.phases["align"].epochs == 2
     assert recipe.phases["instruct"] == load_recipe(tmp_path / "base.yaml").phases["instruct"]
     write(tmp_path, change | {"ablates": ["phases.align.epochs"]}, "middle.yaml")

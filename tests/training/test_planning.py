@@ -1,4 +1,4 @@
-"""Plans without weights, data or the Hub: figures that someone who knows the field would expect, and the README's table."""
+"""Plans without weights, data or the Hub: figures that people of the field would expect, and the README's table."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ def in_the_repository(monkeypatch):
 
 
 def plan(recipe: Recipe, phase: str, **rows: int) -> PhasePlan:
-    rows = rows or {
-        e.source: recipe.data[e.source].expected_rows or ROWS_OF_YOUR_OWN for e in recipe.phases[phase].data
-    }
+    sources = [entry.source for entry in recipe.phases[phase].data]
+    rows = rows or {name: recipe.data[name].expected_rows or ROWS_OF_YOUR_OWN for name in sources}
     return assumed_plan(recipe, phase, known_shape(recipe.model), rows, recipe.launch.processes, recipe.launch.sharding)
 
 
@@ -177,9 +176,6 @@ def test_the_dry_run_without_hub_or_data_says_what_is_assumed(launcher, tmp_path
     ):
         assert expected in text, expected
     assert "supervised tokens marked" not in text and not (tmp_path / "dry").exists()
-    failed = launcher.run(tmp_path / "dry", "--dry-run", recipe=RECIPES / "bring-your-own.yaml", code=2)
-    assert "error: data.pairs cannot be read and has no expected_rows" in failed.stderr
-    assert "Traceback" not in failed.stderr
 
 
 def test_shapes_of_folders_are_read(tmp_path):
