@@ -72,8 +72,9 @@ def test_every_shipped_recipe_resolves(path, tmp_path):
     assert recipe.phases
     save_recipe(recipe, tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml").fingerprint() == recipe.fingerprint()
-    command = next(line for line in path.read_text().splitlines() if "--recipe" in line)
-    assert f"--recipe {path.relative_to(ROOT)}" in command
+    if path.parent.name != "mini":
+        command = next(line for line in path.read_text().splitlines() if "--recipe" in line)
+        assert f"--recipe {path.relative_to(ROOT)}" in command
     if recipe.launch is not None:
         assert (RECIPES / "accelerate" / f"{recipe.launch.config}.yaml").is_file()
 

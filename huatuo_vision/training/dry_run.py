@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.prepare import load_pool, prepare
+from huatuo_vision.inputs.sources import ensure_made, open_source
 from huatuo_vision.launch import launched_world
 from huatuo_vision.model.backbones import known_shape
 from huatuo_vision.model.compose import compose_processor
@@ -27,10 +28,10 @@ from huatuo_vision.training.planning import (
     ASSUMED_PEAK,
     PhasePlan,
     assumed_plan,
-    expected_rows,
     prepared_plan,
+    rows_of,
 )
-from huatuo_vision.training.run import cache_folder, open_sources, recipe_texts
+from huatuo_vision.training.run import cache_folder, open_sources, recipe_texts, sources_of
 
 
 def dry_run(recipe: Recipe, phases: Sequence[str], console: Console) -> None:
@@ -48,13 +49,13 @@ def dry_run(recipe: Recipe, phases: Sequence[str], console: Console) -> None:
         processes, sharding = world.processes, "fsdp" if world.fsdp else "zero2" if world.deepspeed else "ddp"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        absent = _out_of_reach(recipe, phases, out / "base")
+        counts, absent = _look(recipe, phases, out / "base")
         if absent:
             for sentence in absent:
                 console.print(f"[yellow]out of reach:[/yellow] {escape(sentence)}", highlight=False)
             shape = known_shape(recipe.model)
             plans = {
-                name: assumed_plan(recipe, name, shape, expected_rows(recipe, name), processes, sharding)
+                name: assumed_plan(recipe, name, shape, rows_of(recipe, name, counts), processes, sharding)
                 for name in phases
             }
             prepared = {}
@@ -67,7 +68,7 @@ def dry_run(recipe: Recipe, phases: Sequence[str], console: Console) -> None:
             }
         console.print(_steps_table(plans, assumed=bool(absent)))
         console.print(_cost_table(recipe, shape, plans))
-        basis = "Row counts as declared, sample lengths ASSUMED (inputs/assumed_lengths.yaml). " if absent else ""
+        basis = "Rows as read or declared, lengths ASSUMED (inputs/assumed_lengths.yaml). " if absent else ""
         console.print(
             f"{basis}GPU-hours at {ASSUMED_MFU:.0%} MFU of {ASSUMED_PEAK / 1e12:.0f} TFLOP/s (H100/H200, bf16). Memory "
             f"is an estimate for {sharding} on {processes} process(es), before the allocator's own; the formula stands "
@@ -78,18 +79,21 @@ def dry_run(recipe: Recipe, phases: Sequence[str], console: Console) -> None:
             console.print(_first_sample(name, data))
 
 
-def _out_of_reach(recipe: Recipe, phases: Sequence[str], base: Path) -> list[str]:
-    """Why the recipe's model or sources cannot be read here; the processor is written to `base` where they can."""
-    sentences = []
-    try:
-        open_sources(recipe, phases, make=True)
-    except OutOfReach as error:
-        sentences.append(str(error))
+def _look(recipe: Recipe, phases: Sequence[str], base: Path) -> tuple[dict[str, int], list[str]]:
+    """Rows of the sources that can be read here, and why what else the recipe needs cannot; the processor is written to
+    `base` where it can."""
+    rows, absent = {}, []
+    for name in sources_of(recipe, phases):
+        try:
+            ensure_made(recipe.data[name], cache_folder())
+            rows[name] = len(open_source(name, recipe.data[name], cache_folder()))
+        except OutOfReach as error:
+            absent.append(str(error))
     try:
         compose_processor(recipe.model, base, recipe_texts(recipe) if recipe.model.trains_tokenizer else None)
     except OutOfReach as error:
-        sentences.append(str(error))
-    return sentences
+        absent.append(str(error))
+    return rows, absent
 
 
 def _prepare(

@@ -89,11 +89,11 @@ def assumed_plan(
     )
 
 
-def expected_rows(recipe: Recipe, name: str) -> dict[str, int]:
-    """The declared number of rows of each source of a phase. Raises OutOfReach for a source that declares none."""
+def rows_of(recipe: Recipe, name: str, counted: Mapping[str, int]) -> dict[str, int]:
+    """The rows of each source of a phase: counted, or else declared. Raises OutOfReach for a source that is neither."""
     rows = {}
     for entry in recipe.phases[name].data:
-        expected = recipe.data[entry.source].expected_rows
+        expected = counted.get(entry.source, recipe.data[entry.source].expected_rows)
         if expected is None:
             raise OutOfReach(f"data.{entry.source} cannot be read and has no expected_rows, so nothing can be counted")
         rows[entry.source] = expected

@@ -92,26 +92,23 @@ def train(
         return out / "final"
 
 
-def open_sources(recipe: Recipe, phases: Sequence[str], make: bool = False) -> dict[str, Source]:
-    """make: phantoms are made first where they are not there yet; for one process only."""
-    names = _sources_of(recipe, phases)
-    for name in names if make else ():
-        ensure_made(recipe.data[name], cache_folder())
-    return {name: open_source(name, recipe.data[name], cache_folder()) for name in names}
+def open_sources(recipe: Recipe, phases: Sequence[str]) -> dict[str, Source]:
+    return {name: open_source(name, recipe.data[name], cache_folder()) for name in sources_of(recipe, phases)}
 
 
 def recipe_texts(recipe: Recipe) -> Iterator[str]:
     """All text that the recipe trains on, for a tokenizer trained from it."""
     every_phase = tuple(recipe.phases)
-    sources = open_sources(recipe, every_phase, make=True)
-    return itertools.chain.from_iterable(source.texts() for source in sources.values())
+    for name in sources_of(recipe, every_phase):
+        ensure_made(recipe.data[name], cache_folder())
+    return itertools.chain.from_iterable(source.texts() for source in open_sources(recipe, every_phase).values())
 
 
 def is_finished(phase_folder: Path) -> bool:
     return read_record(phase_folder / "model") is not None
 
 
-def _sources_of(recipe: Recipe, phases: Sequence[str]) -> list[str]:
+def sources_of(recipe: Recipe, phases: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(entry.source for name in phases for entry in recipe.phases[name].data))
 
 

@@ -17,8 +17,8 @@ from huatuo_vision.training.planning import (
     ROWS_OF_YOUR_OWN,
     PhasePlan,
     assumed_plan,
-    expected_rows,
     plans_table,
+    rows_of,
     shipped_recipes,
     with_table,
 )
@@ -146,7 +146,8 @@ def test_epochs_and_explicit_rows_are_counted():
 def test_rows_that_nobody_counted_are_said():
     recipe = load_recipe(RECIPES / "bring-your-own.yaml")
     with pytest.raises(OutOfReach, match=r"data.pairs cannot be read and has no expected_rows"):
-        expected_rows(recipe, "instruct")
+        rows_of(recipe, "instruct", {})
+    assert rows_of(recipe, "instruct", {"pairs": 3}) == {"pairs": 3}
 
 
 def test_every_assumption_is_used_and_adds_up():
