@@ -191,6 +191,15 @@ def test_dry_run_counts_and_trains_nothing(launcher, tmp_path):
     assert not (tmp_path / "dry").exists()
 
 
+def test_a_run_goes_on_from_a_llava_checkpoint(launcher, finished, tmp_path):
+    out = tmp_path / "further"
+    start = finished / "final"
+    launcher.run(out, "--set", f"model={{llava: {{path: {start}}}}}", "--phase", "align")
+    assert largest_difference(start, out / "base") == 0
+    assert all(name.startswith("multi_modal_projector.") for name in changed_parts(start, out / "align/model"))
+    assert json.loads((out / "run.json").read_text())["base_models"] == {"llava": {"path": str(start)}}
+
+
 def test_lora_saves_adapter_and_projector_and_merges(launcher, finished, tmp_path):
     from huatuo_vision.model.merge import merge
 
