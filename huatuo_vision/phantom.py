@@ -17,10 +17,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def phantom_folder(cache_dir: Path, *, train: int, test: int, seed: int) -> Path:
     """Where the set of these arguments lies. Each version of the generator has folders of its own."""
-    generator = REPOSITORY / "data" / "phantom.py"
-    if not generator.is_file():
-        raise UserError(f"the phantom data needs data/phantom.py, which is not in {REPOSITORY}; run from a checkout")
-    version = hashlib.sha256(generator.read_bytes()).hexdigest()[:8]
+    generator = sorted((REPOSITORY / "data" / "phantom").glob("*.py"))
+    if not generator:
+        raise UserError(f"the phantom data needs data/phantom, which is not in {REPOSITORY}; run from a checkout")
+    version = hashlib.sha256(b"".join(file.read_bytes() for file in generator)).hexdigest()[:8]
     return cache_dir / f"phantom-{train}-{test}-{seed}-{version}"
 
 

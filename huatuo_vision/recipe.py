@@ -36,6 +36,10 @@ from huatuo_vision.schema import UserError
 PHASE_NAMES = ("text", "align", "instruct", "anneal")
 # Names become folders and file names.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+PUBMEDVISION_CONFIGS = ("alignment", "instruction", "captions", "chinese")
+# The phantoms' pictures as four data-construction methods describe them (data/phantom/descriptions.py).
+PHANTOM_DESCRIPTIONS = ("native_caption", "llm_reformatted", "mllm_distill", "mllm_reformatted")
+PHANTOM_CONFIGS = ("alignment", "instruction", *PHANTOM_DESCRIPTIONS)
 PARTS = ("vision_encoder", "projector", "language_model")
 
 # Keys that do not change what is learnt: they may differ between a run and its continuation.
@@ -112,7 +116,8 @@ class VisionEncoderSpec(Pretrained):
 
 
 class TokenizerSpec(Pretrained):
-    """An existing tokenizer, or one trained on the recipe's own texts (`vocab_size`)."""
+    """An existing tokenizer, or one trained on all texts under the recipe's `data`, used by a phase or not
+    (`vocab_size`): recipes that list the same data have the same tokens whatever their phases use of it."""
 
     vocab_size: PositiveInt | None = None
 
@@ -159,6 +164,11 @@ class ModelSpec(Strict):
     )
     chat_template: Literal["huatuo", "vicuna", "llama3", "chatml", "mistral"] = "huatuo"
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        tokenizer = self.language_model.tokenizer
+        return tokenizer is not None and tokenizer.vocab_size is not None
+
 
 class Columns(Strict):
     """Which columns of a caption row hold what."""
@@ -178,8 +188,10 @@ class SourceSpec(Strict):
     hub_id: str | None = None
     revision: str | None = None
     split: str = "train"
-    config: Literal["alignment", "instruction", "captions", "chinese"] | None = Field(
-        None, description="which of PubMedVision's files (pubmedvision: all four; phantom: alignment or instruction)"
+    config: Literal[PUBMEDVISION_CONFIGS + PHANTOM_DESCRIPTIONS] | None = Field(
+        None,
+        description="which of the set's files; pubmedvision: alignment, instruction, captions or chinese; phantom: "
+        "alignment, instruction or one of the four descriptions",
     )
     conversations: Literal["alignment", "instruction"] | None = Field(
         None, description="which conversation column of a Chinese PubMedVision row"
@@ -198,15 +210,15 @@ class SourceSpec(Strict):
                 raise _refuse("adapter phantom makes its own data; remove path, hub_id and image_root")
             if self.train is None:
                 raise _refuse("adapter phantom needs train (how many records to make)")
-            if self.config not in ("alignment", "instruction"):
-                raise _refuse("adapter phantom needs config: alignment or config: instruction")
+            if self.config not in PHANTOM_CONFIGS:
+                raise _refuse(f"adapter phantom needs a config: {', '.join(PHANTOM_CONFIGS)}")
             return self
         _exactly_one(self, "path", "hub_id")
         if phantom_keys:
             raise _refuse(f"{', '.join(phantom_keys)} belong to adapter phantom; remove them or change the adapter")
         if self.adapter == "pubmedvision":
-            if self.config is None:
-                raise _refuse("adapter pubmedvision needs config: alignment, instruction, captions or chinese")
+            if self.config not in PUBMEDVISION_CONFIGS:
+                raise _refuse(f"adapter pubmedvision needs a config: {', '.join(PUBMEDVISION_CONFIGS)}")
             if (self.config == "chinese") != (self.conversations is not None):
                 raise _refuse("conversations (alignment or instruction) goes with config: chinese, and only with it")
         elif self.config is not None or self.conversations is not None:
@@ -397,6 +409,8 @@ class Recipe(Strict):
             names = list(phases)
             phases = {name: phases[name] for name in names[: names.index(through_phase) + 1]}
         used = {entry["source"] for phase in phases.values() for entry in phase["data"]}
+        if self.model.trains_tokenizer:
+            used = set(self.data)  # its tokens come from all of them
         values["data"] = {name: spec for name, spec in values["data"].items() if name in used}
         values["phases"] = {
             name: {k: v for k, v in phase.items() if k not in OPERATIONAL_PHASE_KEYS} for name, phase in phases.items()
@@ -455,9 +469,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _merge(base: Any, change: Any) -> Any:
-    """`change` over `base`: mappings merge key by key, everything else is replaced."""
+    """`change` over `base`, as RFC 7396 merges: mappings key by key, null takes a key away, the rest is replaced."""
     if isinstance(base, dict) and isinstance(change, dict):
-        return base | {key: _merge(base.get(key), value) for key, value in change.items()}
+        merged = base | {key: _merge(base.get(key), value) for key, value in change.items()}
+        return {key: value for key, value in merged.items() if value is not None}
     return change
 
 

@@ -97,11 +97,11 @@ def open_sources(recipe: Recipe, phases: Sequence[str]) -> dict[str, Source]:
 
 
 def recipe_texts(recipe: Recipe) -> Iterator[str]:
-    """All text that the recipe trains on, for a tokenizer trained from it."""
-    every_phase = tuple(recipe.phases)
-    for name in _sources_of(recipe, every_phase):
-        ensure_made(recipe.data[name], cache_folder())
-    return itertools.chain.from_iterable(source.texts() for source in open_sources(recipe, every_phase).values())
+    """All text under the recipe's `data`, for a tokenizer trained from it: the same for every phase that uses some."""
+    for spec in recipe.data.values():
+        ensure_made(spec, cache_folder())
+    sources = [open_source(name, spec, cache_folder()) for name, spec in recipe.data.items()]
+    return itertools.chain.from_iterable(source.texts() for source in sources)
 
 
 def is_finished(phase_folder: Path) -> bool:
@@ -175,8 +175,7 @@ def _compose_base(recipe: Recipe, out: Path, console: Console) -> None:
     if not (base / "base.json").exists():
         console.print("composing the base model (vision encoder, projector, language model)")
         shutil.rmtree(base, ignore_errors=True)
-        needs_texts = recipe.model.language_model.tokenizer and recipe.model.language_model.tokenizer.vocab_size
-        compose_processor(recipe.model, base, recipe_texts(recipe) if needs_texts else None)
+        compose_processor(recipe.model, base, recipe_texts(recipe) if recipe.model.trains_tokenizer else None)
         compose_weights(recipe.model, base, recipe.seed)
         parts = {"vision_encoder": recipe.model.vision_encoder, "language_model": recipe.model.language_model}
         write_json(base / "base.json", {name: _origin(spec) for name, spec in parts.items()})
