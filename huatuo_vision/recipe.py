@@ -58,7 +58,7 @@ OPERATIONAL_PHASE_KEYS = frozenset(
 )
 
 
-def _refuse(message: str) -> PydanticCustomError:
+def refuse(message: str) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{message}", {"message": message})
 
 
@@ -75,7 +75,7 @@ class Strict(BaseModel):
                 if key not in cls.model_fields:
                     near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
                     hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(cls.model_fields)}"
-                    raise _refuse(f"unknown key {key!r}; {hint}")
+                    raise refuse(f"unknown key {key!r}; {hint}")
         return values
 
 
@@ -83,7 +83,7 @@ def _exactly_one(model: Strict, *keys: str) -> None:
     given = [key for key in keys if getattr(model, key) is not None]
     if len(given) != 1:
         got = " and ".join(given) if given else "none of them"
-        raise _refuse(f"give exactly one of {', '.join(keys)}; got {got}")
+        raise refuse(f"give exactly one of {', '.join(keys)}; got {got}")
 
 
 class Pretrained(Strict):
@@ -96,7 +96,7 @@ class Pretrained(Strict):
     @model_validator(mode="after")
     def _check_revision(self) -> Pretrained:
         if self.revision is not None and self.id is None:
-            raise _refuse("revision is of a Hub id; remove it, or give id")
+            raise refuse("revision is of a Hub id; remove it, or give id")
         return self
 
     @property
@@ -137,17 +137,17 @@ class LanguageModelSpec(Pretrained):
     def _check(self) -> LanguageModelSpec:
         _exactly_one(self, "id", "path", "config")
         if self.config is not None and self.tokenizer is None:
-            raise _refuse(
+            raise refuse(
                 "a language_model from a config has no tokenizer; add tokenizer: {id: ...} or {vocab_size: ...}"
             )
         if self.config is None and self.tokenizer is not None:
-            raise _refuse("tokenizer goes with config only; a language_model with id or path brings its own")
+            raise refuse("tokenizer goes with config only; a language_model with id or path brings its own")
         return self
 
 
 def _feature_layer(value: Any) -> Any:
     if value == 0:
-        raise _refuse(
+        raise refuse(
             "0 is the patch embedding, before any layer; count layers from 1, or from the end with -1, -2, ..."
         )
     return value
@@ -207,24 +207,22 @@ class SourceSpec(Strict):
         phantom_keys = [key for key in ("train", "test", "seed") if getattr(self, key) is not None]
         if self.adapter == "phantom":
             if self.path or self.hub_id or self.image_root:
-                raise _refuse("adapter phantom makes its own data; remove path, hub_id and image_root")
+                raise refuse("adapter phantom makes its own data; remove path, hub_id and image_root")
             if self.train is None:
-                raise _refuse("adapter phantom needs train (how many records to make)")
+                raise refuse("adapter phantom needs train (how many records to make)")
             if self.config not in PHANTOM_CONFIGS:
-                raise _refuse(f"adapter phantom needs a config: {', '.join(PHANTOM_CONFIGS)}")
+                raise refuse(f"adapter phantom needs a config: {', '.join(PHANTOM_CONFIGS)}")
             return self
         _exactly_one(self, "path", "hub_id")
         if phantom_keys:
-            raise _refuse(f"{', '.join(phantom_keys)} belong to adapter phantom; remove them or change the adapter")
+            raise refuse(f"{', '.join(phantom_keys)} belong to adapter phantom; remove them or change the adapter")
         if self.adapter == "pubmedvision":
             if self.config not in PUBMEDVISION_CONFIGS:
-                raise _refuse(f"adapter pubmedvision needs a config: {', '.join(PUBMEDVISION_CONFIGS)}")
+                raise refuse(f"adapter pubmedvision needs a config: {', '.join(PUBMEDVISION_CONFIGS)}")
             if (self.config == "chinese") != (self.conversations is not None):
-                raise _refuse("conversations (alignment or instruction) goes with config: chinese, and only with it")
+                raise refuse("conversations (alignment or instruction) goes with config: chinese, and only with it")
         elif self.config is not None or self.conversations is not None:
-            raise _refuse(
-                f"config and conversations belong to adapter pubmedvision; adapter {self.adapter} has neither"
-            )
+            raise refuse(f"config and conversations belong to adapter pubmedvision; adapter {self.adapter} has neither")
         return self
 
 
@@ -238,7 +236,7 @@ class MixtureEntry(Strict):
     @model_validator(mode="after")
     def _check(self) -> MixtureEntry:
         if self.rows is not None and self.weight is not None:
-            raise _refuse("give rows or weight, not both")
+            raise refuse("give rows or weight, not both")
         return self
 
 
@@ -253,7 +251,7 @@ def _false_is_frozen(value: Any) -> Any:
     if value is False:
         return None
     if value is True:
-        raise _refuse("true does not say how to train this part; write {lr: ...}")
+        raise refuse("true does not say how to train this part; write {lr: ...}")
     return value
 
 
@@ -278,11 +276,11 @@ class TrainSpec(Strict):
     @model_validator(mode="after")
     def _check(self) -> TrainSpec:
         if not any(getattr(self, part) for part in PARTS):
-            raise _refuse("every part is frozen; give at least one of vision_encoder, projector, language_model an lr")
+            raise refuse("every part is frozen; give at least one of vision_encoder, projector, language_model an lr")
         if self.lora and not self.projector:
-            raise _refuse("lora trains the projector in full beside the adapter; set projector: {lr: ...}")
+            raise refuse("lora trains the projector in full beside the adapter; set projector: {lr: ...}")
         if self.lora and self.vision_encoder:
-            raise _refuse(
+            raise refuse(
                 "lora saves adapter and projector only, so the vision_encoder must stay frozen; set it to false"
             )
         return self
@@ -312,7 +310,7 @@ class ScheduleSpec(Strict):
 def _recompute(value: Any) -> Any:
     if value in ("none", "all") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise _refuse(f"got {value!r}; expected none, all, or a number n (recompute every n-th layer)")
+    raise refuse(f"got {value!r}; expected none, all, or a number n (recompute every n-th layer)")
 
 
 class PhaseSpec(Strict):
@@ -338,16 +336,16 @@ class PhaseSpec(Strict):
     @model_validator(mode="after")
     def _check(self) -> PhaseSpec:
         if self.max_sample_tokens > self.max_row_tokens:
-            raise _refuse(
+            raise refuse(
                 f"max_sample_tokens {self.max_sample_tokens} is above max_row_tokens {self.max_row_tokens}, so a long "
                 "sample would fit no row; raise max_row_tokens or lower max_sample_tokens"
             )
         kinds = {"weight" if entry.weight is not None else "rows" for entry in self.data}
         if len(kinds) > 1:
-            raise _refuse("either every data entry has a weight or none has; a weight beside rows says nothing")
+            raise refuse("either every data entry has a weight or none has; a weight beside rows says nothing")
         names = [entry.source for entry in self.data]
         if len(set(names)) < len(names):
-            raise _refuse("a source stands twice in data; give each source one entry")
+            raise refuse("a source stands twice in data; give each source one entry")
         return self
 
 
@@ -360,7 +358,7 @@ class HubSpec(Strict):
     @model_validator(mode="after")
     def _check(self) -> HubSpec:
         if self.push != "never" and (self.repo_id is None or self.license is None):
-            raise _refuse(f"push: {self.push} needs a repo_id and a license (of the weights, for the model card)")
+            raise refuse(f"push: {self.push} needs a repo_id and a license (of the weights, for the model card)")
         return self
 
 
@@ -392,7 +390,7 @@ class Recipe(Strict):
         for name, phase in self.phases.items():
             for entry in phase.data:
                 if entry.source not in self.data:
-                    raise _refuse(
+                    raise refuse(
                         f"phases.{name}.data names the source {entry.source!r}; data has: {', '.join(self.data)}"
                     )
         return self
@@ -430,11 +428,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from its base in a key that its `ablates` list does not name.
     """
     path = Path(path)
-    values = _read_yaml(path)
+    values = read_yaml(path)
     base_values = None
     if values.get("base") is not None:
         base_path = path.parent / str(values["base"])
-        base_values = _read_yaml(base_path)
+        base_values = read_yaml(base_path)
         if base_values.get("base") is not None:
             raise UserError(f"{path}: base {values['base']} has a base of its own; inheritance is one level deep")
         values = _merge(base_values, values)
@@ -456,15 +454,16 @@ def differing_keys(a: Recipe, b: Recipe, through_phase: str | None = None) -> li
     return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: str = "recipe", keys: str = "name, model, data, phases") -> dict[str, Any]:
+    """The mapping in a YAML file; `kind` and `keys` say in an error what was expected."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist; recipes/ holds the shipped ones") from None
+        raise UserError(f"{kind} {path} does not exist; recipes/ holds the shipped ones") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"recipe {path} is not a YAML file: {' '.join(str(error).split())}") from None
+        raise UserError(f"{kind} {path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"recipe {path} is empty or not a mapping; expected keys such as name, model, data, phases")
+        raise UserError(f"{kind} {path} is empty or not a mapping; expected keys such as {keys}")
     return values
 
 
@@ -505,10 +504,11 @@ def _validate(values: dict[str, Any], path: Path) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"recipe {path}: {_first_sentence(error)}") from None
+        raise UserError(f"recipe {path}: {first_sentence(error)}") from None
 
 
-def _first_sentence(error: ValidationError) -> str:
+def first_sentence(error: ValidationError) -> str:
+    """What is wrong, with the key, in one sentence."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "recipe":
