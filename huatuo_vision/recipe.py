@@ -211,14 +211,14 @@ class SourceSpec(Strict):
             if self.train is None:
                 raise refuse("adapter phantom needs train (how many records to make)")
             if self.config not in PHANTOM_CONFIGS:
-                raise refuse(f"adapter phantom needs a config: {', '.join(PHANTOM_CONFIGS)}")
+                raise refuse(f"adapter phantom needs config: {', '.join(PHANTOM_CONFIGS)}")
             return self
         _exactly_one(self, "path", "hub_id")
         if phantom_keys:
             raise refuse(f"{', '.join(phantom_keys)} belong to adapter phantom; remove them or change the adapter")
         if self.adapter == "pubmedvision":
             if self.config not in PUBMEDVISION_CONFIGS:
-                raise refuse(f"adapter pubmedvision needs a config: {', '.join(PUBMEDVISION_CONFIGS)}")
+                raise refuse(f"adapter pubmedvision needs config: {', '.join(PUBMEDVISION_CONFIGS)}")
             if (self.config == "chinese") != (self.conversations is not None):
                 raise refuse("conversations (alignment or instruction) goes with config: chinese, and only with it")
         elif self.config is not None or self.conversations is not None:

@@ -110,7 +110,7 @@ class _Processes:
         )
         self.running.add(process.pid)
         watch = subprocess.Popen(
-            ["sh", "-c", f"cat > /dev/null; kill -KILL -- -{process.pid}"],
+            ["sh", "-c", f"cat > /dev/null; kill -9 -{process.pid}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
