@@ -144,7 +144,8 @@ def _explain(failed: Sequence[_Ended], logs: Path) -> str:
 
 def _message(log: Path) -> str:
     """A part's own sentence, or the end of what it printed."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    printed = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]  # the first is the command
+    lines = [line for line in printed if line.strip()]
     said = [line for line in lines if line.startswith("error: ")]
     return said[-1].removeprefix("error: ") if said else "\n" + "\n".join(lines[-TAIL_LINES:])
 

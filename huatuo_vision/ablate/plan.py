@@ -71,6 +71,10 @@ class Plan:
     def open(self) -> tuple[Part, ...]:
         return tuple(part for part in self.parts if not part.finished)
 
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(phase for run in self.runs for phase in run.recipe.phases))
+
     def runs_of(self, row: Row) -> list[Run]:
         return [run for run in self.runs if run.row is row]
 
@@ -182,11 +186,11 @@ def show_plan(plan: Plan, console: Console) -> None:
     """What is finished, what will be trained, what is shared, and how small a difference the set can find."""
     spec, loaded = plan.loaded.spec, plan.loaded
     table = Table(title=Text(f"{spec.name}: {spec.title}"), title_justify="left")
-    for column in ("row", "seed", *_phases(plan), "sighted", "blind"):
+    for column in ("row", "seed", *plan.phases, "sighted", "blind"):
         table.add_column(column)
     open_parts = {part.name for part in plan.open}
     for run in plan.runs:
-        cells = [_phase_cell(run, phase) for phase in _phases(plan)]
+        cells = [_phase_cell(run, phase) for phase in plan.phases]
         for suffix, asked in (("", True), ("-blind", is_asked_blind(run.row, loaded))):
             finished = f"evaluate-{run.name}{suffix}" not in open_parts
             cells.append("" if not asked else "finished" if finished else "to do")
@@ -208,10 +212,6 @@ def show_plan(plan: Plan, console: Console) -> None:
             "(one seed, 20 % of the answers differing).",
             highlight=False,
         )
-
-
-def _phases(plan: Plan) -> list[str]:
-    return list(dict.fromkeys(phase for run in plan.runs for phase in run.recipe.phases))
 
 
 def _phase_cell(run: Run, phase: str) -> str:

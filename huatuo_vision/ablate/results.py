@@ -42,6 +42,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "protocol": loaded.spec.protocol,
         "benchmarks": benchmarks,
         "paper": _paper(plan),
+        "phases": list(plan.phases),
         "runs": [_run(run) for run in plan.runs],
     }
 
