@@ -30,6 +30,11 @@ ROWS = {
 }
 
 
+@pytest.fixture(scope="session")
+def hf_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hf_home")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The recipes of the set's rows, and where run folders go."""
