@@ -27,7 +27,7 @@ def phantom_folder(cache_dir: Path, *, train: int, test: int, seed: int) -> Path
 
 
 def make_phantom(cache_dir: Path, *, train: int, test: int, seed: int) -> Path:
-    """The folder of these arguments' set, made unless it is there. Of a run's processes one only; runs may meet here."""
+    """The folder of these arguments' set, made unless it is there. For one process of a run; runs may meet."""
     folder = phantom_folder(cache_dir, train=train, test=test, seed=seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     arguments = {"--out": folder, "--train": train, "--test": test, "--seed": seed}
