@@ -16,6 +16,7 @@ from rich.text import Text
 from huatuo_vision.ablate.results import RESULTS_FILE
 from huatuo_vision.evaluation.report import (
     FILTERS,
+    magnitude,
     p_value,
     percent,
     points,
@@ -84,13 +85,12 @@ def _table(name: str, entry: Mapping[str, Any], results: Mapping[str, Any]) -> T
 def _difference_cells(versus: Mapping[str, Any] | None) -> list[str]:
     if versus is None:
         return [""] * 5
-    smallest = versus["smallest_detectable_difference"]
     return [
         points(versus["difference"]),
         points_interval(versus["ci95"]),
         "  ".join(points(one) for one in versus["seeds"]),
         p_value(versus["p_holm"]),
-        "–" if smallest is None else f"{100 * smallest:.1f}",
+        magnitude(versus["smallest_detectable_difference"]),
     ]
 
 

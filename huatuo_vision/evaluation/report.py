@@ -221,6 +221,11 @@ def points(difference: float | None) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
+def magnitude(difference: float | None) -> str:
+    """The size of a difference in percentage points; more than all of them is more than can be."""
+    return "–" if difference is None or difference > 1 else f"{100 * difference:.1f}"
+
+
 def points_interval(bounds: Sequence[float] | None) -> str:
     return "–" if bounds is None else f"{points(bounds[0])} to {points(bounds[1])}"
 
@@ -247,6 +252,7 @@ FILTERS = {
     "percent": percent,
     "interval": interval,
     "points": points,
+    "magnitude": magnitude,
     "points_interval": points_interval,
     "p_value": p_value,
     "count": count,
