@@ -193,7 +193,7 @@ def _follow_ups(rng: np.random.Generator, lead: str, anatomy: str, n: int) -> li
 # Shares of the training records.
 _KIND_CYCLE = 25  # 1 of 25 without an image, 3 with two images, 2 with three
 _TURN_CYCLE = 3  # 1 of 3 with two turns, 1 with three
-_MULTIPLE_CHOICE_SHARE = 0.62
+_MULTIPLE_CHOICE_SHARE = 0.75
 _COMPARISON_SHARE = 0.25  # of the records with several images
 _TEST_PAIR_CYCLE = 10  # 1 of 10 test questions has two images
 

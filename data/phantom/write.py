@@ -24,7 +24,7 @@ from data.phantom.streams import HIGHEST_SEED, TEST, TRAIN
 from huatuo_vision.schema import UserError
 
 # Goes up whenever the same arguments would give other bytes.
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 
 ALIGNMENT_FILE = "PubMedVision_Alignment_VQA.json"
 INSTRUCTION_FILE = "PubMedVision_InstructionTuning_VQA.json"

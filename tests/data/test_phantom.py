@@ -291,7 +291,7 @@ def test_shares(train_records: list[records.Record], held_out: list[records.Reco
     assert n_images[2] + n_images[3] == len(train_records) * 0.2
     assert 0.6 < sum(len(record.turns) > 1 for record in train_records) / len(train_records) < 0.68
     turns = [turn for record in train_records for turn in record.turns]
-    assert 0.57 < sum(bool(turn.options) for turn in turns) / len(turns) < 0.67
+    assert 0.7 < sum(bool(turn.options) for turn in turns) / len(turns) < 0.8
     assert set(Counter(record.turns[0].subject for record in held_out).values()) == {100}
     assert {len(record.pictures) for record in held_out} == {1, 2}
     assert sum(len(record.pictures) == 2 for record in held_out) == 60
