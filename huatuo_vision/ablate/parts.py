@@ -7,11 +7,13 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -41,8 +43,9 @@ def run_parts(plan: Plan, jobs: int, console: Console) -> None:
     failed: list[_Ended] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        _Processes() as processes,
+        _only_one_in(plan.out.parent),
         ThreadPoolExecutor(jobs) as pool,
+        _Processes() as processes,  # ended before the pool waits for its threads
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task(plan.loaded.spec.name, total=len(plan.parts), completed=len(finished))
@@ -70,6 +73,20 @@ def run_parts(plan: Plan, jobs: int, console: Console) -> None:
                 )
     if failed:
         raise UserError(_explain(failed, logs))
+
+
+@contextmanager
+def _only_one_in(folder: Path) -> Iterator[None]:
+    """Two commands would train and evaluate the same runs at once; the second refuses."""
+    lock = FileLock(folder / ".ablate.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another ablation is running in {folder}; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _run(part: Part, plan: Plan, logs: Path, processes: _Processes) -> _Ended:
@@ -119,6 +136,7 @@ class _Processes:
         try:
             return process.wait()
         finally:
+            _end_group(process.pid)
             watch.kill()
             watch.wait()
             watch.stdin.close()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 from huatuo_vision.ablate import parts
@@ -74,6 +75,13 @@ def test_a_failure_lets_the_running_parts_finish(run, folder: Path):
     assert (folder / "slow").exists() and not (folder / "later").exists()
 
 
+def test_two_commands_in_one_folder_refuse(run, folder: Path):
+    (folder / "runs").mkdir()
+    with FileLock(folder / "runs" / ".ablate.lock"), pytest.raises(UserError, match="another ablation is running in"):
+        run({"one": (touch("one"), ())})
+    assert not (folder / "one").exists()
+
+
 def test_environment_and_output_of_a_part(run, folder: Path):
     plan = run({"one": ("import os, sys; print('out'); print('err', file=sys.stderr)", ())})
     log = (plan.out / "logs" / "one.log").read_text()
@@ -83,23 +91,24 @@ def test_environment_and_output_of_a_part(run, folder: Path):
 
 ORPHANS = """
 import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from huatuo_vision.ablate.parts import _Processes
 
-with _Processes() as processes:
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    processes.run([sys.executable, "-c", child], None, {})
+child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+with ThreadPoolExecutor(1) as pool, _Processes() as processes:
+    pool.submit(processes.run, [sys.executable, "-c", child], None, {}).result()
 """
 
 
-def test_no_part_outlives_a_killed_command():
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_no_part_outlives_a_killed_command(sent):
     """Also the launcher's child, which no signal of the launcher's reaches."""
     command = subprocess.Popen([sys.executable, "-c", ORPHANS], cwd=ROOT)
     deadline = time.monotonic() + 60
     while len(started := descendants(command.pid)) < 3:  # the part, its child, the waiting shell
         assert time.monotonic() < deadline and command.poll() is None
         time.sleep(0.05)
-    command.send_signal(signal.SIGKILL)
+    command.send_signal(sent)
     command.wait()
     while any(is_running(pid) for pid in started):
         assert time.monotonic() < deadline, "a part still runs"
