@@ -26,7 +26,9 @@ from pydantic import (
     PlainSerializer,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -43,7 +45,10 @@ PHANTOM_CONFIGS = ("alignment", "instruction", *PHANTOM_DESCRIPTIONS)
 PARTS = ("vision_encoder", "projector", "language_model")
 
 # Keys that do not change what is learnt: they may differ between a run and its continuation.
-OPERATIONAL_KEYS = frozenset({"name", "base", "ablates", "reproduces", "hub", "report_to", "workers"})
+OPERATIONAL_KEYS = frozenset({"name", "base", "ablates", "reproduces", "launch", "hub", "report_to", "workers"})
+# Nor does what is said of a source's or a checkpoint's origin, for planning before it is there.
+OPERATIONAL_SOURCE_KEYS = frozenset({"expected_rows"})
+OPERATIONAL_LLAVA_KEYS = frozenset({"made_by"})
 OPERATIONAL_PHASE_KEYS = frozenset(
     {
         "max_row_tokens",
@@ -153,9 +158,23 @@ def _feature_layer(value: Any) -> Any:
     return value
 
 
+class LlavaSpec(Pretrained):
+    """A whole LLaVA checkpoint in transformers' format to start from, its projector trained already."""
+
+    made_by: str | None = Field(None, description="the recipe whose run makes `path`; plans read its sizes from there")
+
+    @model_validator(mode="after")
+    def _check(self) -> LlavaSpec:
+        _exactly_one(self, "id", "path")
+        return self
+
+
 class ModelSpec(Strict):
-    vision_encoder: VisionEncoderSpec
-    language_model: LanguageModelSpec
+    """An encoder and a language model to compose, with a fresh projector; or a LLaVA checkpoint to go on from."""
+
+    vision_encoder: VisionEncoderSpec | None = None
+    language_model: LanguageModelSpec | None = None
+    llava: LlavaSpec | None = None
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     feature_layer: Annotated[int, BeforeValidator(_feature_layer)] = -2
     feature_strategy: Literal["default", "full"] = Field(
@@ -164,26 +183,65 @@ class ModelSpec(Strict):
     )
     chat_template: Literal["huatuo", "vicuna", "llama3", "chatml", "mistral"] = "huatuo"
 
+    @model_validator(mode="after")
+    def _check(self) -> ModelSpec:
+        if self.llava is None:
+            absent = [part for part in ("vision_encoder", "language_model") if getattr(self, part) is None]
+            if absent:
+                raise refuse(f"{' and '.join(absent)} missing; give vision_encoder and language_model, or llava alone")
+            return self
+        own = [key for key in _CHECKPOINTS_OWN if key in self.model_fields_set and getattr(self, key) is not None]
+        if own:
+            raise refuse(f"{', '.join(own)} come with the llava checkpoint; remove them, or remove llava")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_checkpoints_own(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = serialize(self)
+        return {k: v for k, v in values.items() if k not in _CHECKPOINTS_OWN} if self.llava else values
+
+    @property
+    def pretrained(self) -> dict[str, Pretrained]:
+        """What the first weights come from, by the key that names it."""
+        keys = ("llava",) if self.llava else ("vision_encoder", "language_model")
+        return {key: getattr(self, key) for key in keys}
+
     @property
     def trains_tokenizer(self) -> bool:
-        tokenizer = self.language_model.tokenizer
+        tokenizer = self.language_model.tokenizer if self.language_model else None
         return tokenizer is not None and tokenizer.vocab_size is not None
 
 
-class Columns(Strict):
-    """Which columns of a caption row hold what."""
+# What a LLaVA checkpoint decides itself.
+_CHECKPOINTS_OWN = ("vision_encoder", "language_model", "projector", "feature_layer", "feature_strategy")
 
-    id: str = "id"
+
+class Columns(Strict):
+    """Which columns of a row hold what."""
+
+    id: str | Literal[False] = Field("id", description="false: rows have no id, and are called by their place")
     image: str = "image"
     caption: str = "caption"
     context: str | None = Field(None, description="column of in-text mentions, added to the caption in the answer")
+    question: str = "question"
+    answer: str = "answer"
+    options: tuple[str, ...] = Field((), description="columns of the options A, B, ...; the answer is then a letter")
+    messages: str = Field("messages", description="column of turns: role and content, or from and value (ShareGPT)")
+
+
+# Adapter -> the columns that its rows can name otherwise; other data sets lay their rows out one way.
+_COLUMNS = {
+    "captions": {"id", "image", "caption", "context"},
+    "vqa": {"id", "image", "question", "answer", "options"},
+    "messages": {"id", "messages"},
+}
 
 
 class SourceSpec(Strict):
     """One data source: an adapter, and where its rows are."""
 
-    adapter: Literal["pubmedvision", "llava", "llava_med", "captions", "messages", "phantom"]
-    path: str | None = Field(None, description="a JSON, JSON Lines or Parquet file, or a folder that holds them")
+    adapter: Literal["pubmedvision", "llava", "llava_med", "captions", "vqa", "messages", "phantom"]
+    path: str | None = Field(None, description="a JSON, JSON Lines, Parquet or CSV file, or a folder that holds one")
     image_root: str | None = Field(None, description="folder (or folder of zips) that image names are relative to")
     hub_id: str | None = None
     revision: str | None = None
@@ -197,6 +255,9 @@ class SourceSpec(Strict):
         None, description="which conversation column of a Chinese PubMedVision row"
     )
     columns: Columns = Columns()
+    expected_rows: PositiveInt | None = Field(
+        None, description="the published number of rows: plans without the data count on it, another number is said"
+    )
     language: Literal["en", "zh"] = Field("en", description="language of the description requests paired with captions")
     train: PositiveInt | None = Field(None, description="phantom: training records to make")
     test: int | None = Field(None, ge=0, description="phantom: test questions to make")
@@ -204,6 +265,12 @@ class SourceSpec(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> SourceSpec:
+        defaults = Columns()
+        named = {key for key in Columns.model_fields if getattr(self.columns, key) != getattr(defaults, key)}
+        foreign = sorted(named - _COLUMNS.get(self.adapter, set()))
+        if foreign:
+            usable = ", ".join(sorted(_COLUMNS.get(self.adapter, ()))) or "none"
+            raise refuse(f"adapter {self.adapter} reads no columns {', '.join(foreign)}; it takes: {usable}")
         phantom_keys = [key for key in ("train", "test", "seed") if getattr(self, key) is not None]
         if self.adapter == "phantom":
             if self.path or self.hub_id or self.image_root:
@@ -362,6 +429,27 @@ class HubSpec(Strict):
         return self
 
 
+class LaunchSpec(Strict):
+    """What the recipe is made for: plans are drawn up for it, and its command is written with it."""
+
+    config: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "cpu"] = Field(
+        description="a file of recipes/accelerate/, without .yaml"
+    )
+    processes: PositiveInt = Field(1, description="one a GPU")
+    gpu_gb: PositiveInt | None = Field(None, description="memory of one GPU, as it is sold: 24, 80")
+
+    @model_validator(mode="after")
+    def _check(self) -> LaunchSpec:
+        if self.config == "single" and self.processes > 1:
+            raise refuse(f"config single is one process, and processes is {self.processes}; take ddp, or 1")
+        return self
+
+    @property
+    def sharding(self) -> Literal["ddp", "zero2", "fsdp"]:
+        """How weights and optimizer state are spread; ZeRO-3 spreads them as FSDP does."""
+        return {"zero2": "zero2", "zero3": "fsdp", "fsdp2": "fsdp"}.get(self.config, "ddp")
+
+
 class Reproduces(Strict):
     paper: str
     table: int | str
@@ -380,6 +468,7 @@ class Recipe(Strict):
     on_bad_sample: Literal["stop", "drop"] = Field(
         "stop", description="drop: count it in prepare/report.json and go on"
     )
+    launch: LaunchSpec | None = None
     seed: int = Field(0, ge=0)
     workers: int = Field(4, ge=0, description="image-decoding processes per training process; 0 decodes in line")
     hub: HubSpec = HubSpec()
@@ -409,7 +498,14 @@ class Recipe(Strict):
         used = {entry["source"] for phase in phases.values() for entry in phase["data"]}
         if self.model.trains_tokenizer:
             used = set(self.data)  # its tokens come from all of them
-        values["data"] = {name: spec for name, spec in values["data"].items() if name in used}
+        values["data"] = {
+            name: {k: v for k, v in spec.items() if k not in OPERATIONAL_SOURCE_KEYS}
+            for name, spec in values["data"].items()
+            if name in used
+        }
+        if self.model.llava:
+            llava = values["model"]["llava"]
+            values["model"]["llava"] = {k: v for k, v in llava.items() if k not in OPERATIONAL_LLAVA_KEYS}
         values["phases"] = {
             name: {k: v for k, v in phase.items() if k not in OPERATIONAL_PHASE_KEYS} for name, phase in phases.items()
         }
@@ -435,7 +531,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         base_values = read_yaml(base_path)
         if base_values.get("base") is not None:
             raise UserError(f"{path}: base {values['base']} has a base of its own; inheritance is one level deep")
-        values = _merge(base_values, values)
+        # The row of a paper that the base stands for is not the ablation's.
+        values = _merge({key: value for key, value in base_values.items() if key != "reproduces"}, values)
     for override in overrides:
         _apply_override(values, override)
     recipe = _validate(values, path)

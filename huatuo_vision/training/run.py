@@ -106,7 +106,7 @@ def train(
 
 
 def open_sources(recipe: Recipe, phases: Sequence[str]) -> dict[str, Source]:
-    return {name: open_source(name, recipe.data[name], cache_folder()) for name in _sources_of(recipe, phases)}
+    return {name: open_source(name, recipe.data[name], cache_folder()) for name in sources_of(recipe, phases)}
 
 
 def recipe_texts(recipe: Recipe) -> Iterator[str]:
@@ -121,7 +121,7 @@ def is_finished(phase_folder: Path) -> bool:
     return read_record(phase_folder / "model") is not None
 
 
-def _sources_of(recipe: Recipe, phases: Sequence[str]) -> list[str]:
+def sources_of(recipe: Recipe, phases: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(entry.source for name in phases for entry in recipe.phases[name].data))
 
 
@@ -225,12 +225,11 @@ def _data_record(recipe: Recipe, phases: Sequence[str], report: Any) -> dict[str
 def _compose_base(recipe: Recipe, out: Path, console: Console) -> None:
     base = out / "base"
     if not (base / "base.json").exists():
-        console.print("composing the base model (vision encoder, projector, language model)")
+        console.print(f"writing the base model ({', '.join(recipe.model.pretrained)})")
         shutil.rmtree(base, ignore_errors=True)
         compose_processor(recipe.model, base, recipe_texts(recipe) if recipe.model.trains_tokenizer else None)
         compose_weights(recipe.model, base, recipe.seed)
-        parts = {"vision_encoder": recipe.model.vision_encoder, "language_model": recipe.model.language_model}
-        write_json(base / "base.json", {name: _origin(spec) for name, spec in parts.items()})
+        write_json(base / "base.json", {name: _origin(spec) for name, spec in recipe.model.pretrained.items()})
     _record(out, base_models=json.loads((base / "base.json").read_text()))
 
 
