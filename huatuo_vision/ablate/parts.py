@@ -90,7 +90,7 @@ def _only_one_in(folder: Path) -> Iterator[None]:
 
 
 def _run(part: Part, plan: Plan, logs: Path, processes: _Processes) -> _Ended:
-    command = [*launcher(plan.loaded), script(part.command[0]), *part.command[1:]]
+    command = [*launcher(plan.loaded, part), script(part.command[0]), *part.command[1:]]
     started = time.monotonic()
     with (logs / f"{part.name}.log").open("w", encoding="utf-8") as log:
         log.write(f"{shlex.join(command)}\n")
@@ -189,7 +189,7 @@ def write_slurm(plan: Plan, folder: Path, command: Sequence[str], console: Conso
 
 def slurm_script(plan: Plan, part: Part) -> str:
     options = plan.loaded.spec.slurm.train if part.kind == "train" else plan.loaded.spec.slurm.evaluate
-    launch = ["accelerate", "launch", *launcher(plan.loaded)[3:]]
+    launch = ["accelerate", "launch", *launcher(plan.loaded, part)[3:]]
     return _script(plan, part.name, options, [*launch, script(part.command[0]), *part.command[1:]])
 
 

@@ -173,12 +173,13 @@ def script(name: str) -> str:
     return _shown(REPOSITORY / name)
 
 
-def launcher(loaded: LoadedSet) -> list[str]:
-    """`accelerate launch` with the set's arguments."""
+def launcher(loaded: LoadedSet, part: Part) -> list[str]:
+    """`accelerate launch` with the set's arguments for this part."""
     launch = loaded.spec.launch
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if launch.config is not None:
-        command += ["--config_file", _shown(loaded.path.parent / launch.config)]
+    config = launch.evaluate_config or launch.config if part.kind == "evaluate" else launch.config
+    if config is not None:
+        command += ["--config_file", _shown(loaded.path.parent / config)]
     return [*command, *launch.arguments]
 
 
@@ -204,14 +205,19 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"{len(plan.parts) - len(plan.open)} of {len(plan.parts)} parts are finished.",
         highlight=False,
     )
+    console.print(_smallest_differences(loaded))
+
+
+def _smallest_differences(loaded: LoadedSet) -> Table:
+    table = Table("benchmark", title="What the questions can show", title_justify="left")
+    table.add_column("questions", justify="right")
+    table.add_column("detectable", justify="right")
+    table.caption = "points that one seed shows four times out of five, if 20 % of the answers differ"
     for name in loaded.benchmarks:
         n = BENCHMARKS[name].expected_n
         smallest = statistics.smallest_detectable_difference(n)
-        console.print(
-            f"{name}: {n:,} questions show a difference of {100 * smallest:.1f} points or more four times out of five "
-            "(one seed, 20 % of the answers differing).",
-            highlight=False,
-        )
+        table.add_row(name, f"{n:,}", "–" if smallest is None else f"{100 * smallest:.1f}")
+    return table
 
 
 def _phase_cell(run: Run, phase: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,30 @@ def write_reports(out: Path, results: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     plot_differences(results, out / PLOT_FILE)
-    write_whole(out / "report.md", render_markdown(HERE / "report.md.jinja", results=results, plot=PLOT_FILE))
+    values = {"results": results, "overview": overview(results), "printed": printed, "has_printed": has_printed}
+    values["on_own_benchmarks"] = results["paper"] is not None and not shares_benchmarks(results)
+    write_whole(out / "report.md", render_markdown(HERE / "report.md.jinja", plot=PLOT_FILE, **values))
     picture = base64.b64encode((out / PLOT_FILE).read_bytes()).decode()
     page = render_page(
         HERE / "report.html.jinja",
         title=results["title"],
         filters=FILTERS,
-        results=results,
         plot=Markup(f"data:image/png;base64,{picture}"),
+        **values,
     )
     write_whole(out / "report.html", page)
 
 
 def show(results: Mapping[str, Any], out: Path, console: Console) -> None:
     """The tables, no wider than a terminal of 110 columns, and where the rest is."""
+    if (all_benchmarks := overview(results)) is not None:
+        header, lines = all_benchmarks
+        table = Table(
+            *map(Text, header), title=Text(f"{results['title']} (in brackets: the paper)"), title_justify="left"
+        )
+        for line in lines:
+            table.add_row(*map(Text, line))
+        console.print(table)
     for name, entry in results["benchmarks"].items():
         console.print(_table(name, entry, results))
     if results["note"]:
@@ -68,13 +79,14 @@ def _table(name: str, entry: Mapping[str, Any], results: Mapping[str, Any]) -> T
     table.add_column("row")
     for column in ("accuracy", "difference", "95 %", "seeds", "Holm", "detectable"):
         table.add_column(column, justify="right")
-    paper = results["paper"]
-    if paper:
+    has_paper = has_printed(results, name)
+    if has_paper:
         table.add_column("paper", justify="right")
     for label, row in entry["rows"].items():
         cells = [percent(row["accuracy"]), *_difference_cells(row["versus_base"])]
-        if paper:
-            cells.append(_paper_cell(paper["rows"].get(label), label == results["base"]))
+        if has_paper:
+            paper = printed(results, name, label)
+            cells.append(paper.cell if paper else "–")
         table.add_row(Text(label), *cells)
         if row["blind"]:
             empty = [""] * (len(table.columns) - 2)
@@ -94,10 +106,56 @@ def _difference_cells(versus: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _paper_cell(paper: Mapping[str, float] | None, is_base: bool) -> str:
-    if paper is None:
-        return "–"
-    return f"{paper['mean']:.1f}" if is_base else points(paper["difference"] / 100)
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """The paper's number for a row, in percent, and its difference to the paper's base, in points."""
+
+    value: float
+    difference: float | None  # None for the base itself
+
+    @property
+    def cell(self) -> str:
+        return f"{self.value:.1f}" if self.difference is None else points(self.difference / 100)
+
+
+def printed(results: Mapping[str, Any], benchmark: str, label: str) -> Printed | None:
+    """The paper's number on this benchmark; on the mean of its own ones, where it has none of the set's."""
+    rows, base = results["benchmarks"][benchmark]["rows"], results["base"]
+    value, base_value = rows[label]["paper"], rows[base]["paper"]
+    if value is None or base_value is None:
+        paper = results["paper"]
+        if paper is None or label not in paper["rows"] or shares_benchmarks(results):
+            return None
+        value, base_value = paper["rows"][label]["mean"], paper["rows"][base]["mean"]
+    return Printed(value, None if label == base else value - base_value)
+
+
+def shares_benchmarks(results: Mapping[str, Any]) -> bool:
+    """Whether the paper's numbers are of benchmarks of the set."""
+    return results["paper"] is not None and bool(set(results["paper"]["benchmarks"]) & set(results["benchmarks"]))
+
+
+def has_printed(results: Mapping[str, Any], benchmark: str) -> bool:
+    return any(printed(results, benchmark, label) for label in results["benchmarks"][benchmark]["rows"])
+
+
+def overview(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Header and rows of all benchmarks beside each other, as the paper's tables are; None for a single benchmark."""
+    names = list(results["benchmarks"])
+    if len(names) < 2:
+        return None
+    header = ["row", *(f"{name}, n = {results['benchmarks'][name]['n']:,}" for name in names), "mean"]
+    lines = []
+    for label in results["benchmarks"][names[0]]["rows"]:
+        rows = [results["benchmarks"][name]["rows"][label] for name in names]
+        papers = [row["paper"] for row in rows]
+        mean = sum(papers) / len(papers) if None not in papers else None
+        cells = [*zip([row["accuracy"] for row in rows], papers, strict=True)]
+        cells.append((sum(row["accuracy"] for row in rows) / len(rows), mean))
+        lines.append(
+            [label, *(percent(own) + (f" ({paper:.1f})" if paper is not None else "") for own, paper in cells)]
+        )
+    return header, lines
 
 
 def plot_differences(results: Mapping[str, Any], target: Path) -> None:
@@ -129,10 +187,9 @@ def plot_differences(results: Mapping[str, Any], target: Path) -> None:
             if len(versus["seeds"]) > 1:
                 each = [100 * one for one in versus["seeds"]]
                 axis.plot(each, [place + 0.22] * len(each), ".", color="#566370", markersize=6, label="one seed")
-            if (printed := _printed_difference(results, name, label)) is not None:
-                axis.plot(
-                    printed, place - 0.22, "D", mfc="none", color="#b25a12", markersize=6, label=_paper_label(results)
-                )
+            if (paper := printed(results, name, label)) is not None:
+                of = "the paper" if shares_benchmarks(results) else "the paper, on its own benchmarks"
+                axis.plot(paper.difference, place - 0.22, "D", mfc="none", color="#b25a12", markersize=6, label=of)
         axis.axvline(0, color="#566370", linewidth=1)
         axis.set_yticks(range(len(labels)), list(reversed(labels)))
         axis.set_ylim(-0.6, len(labels) - 0.4)
@@ -148,20 +205,3 @@ def plot_differences(results: Mapping[str, Any], target: Path) -> None:
     figure.savefig(temporary, dpi=130)
     pyplot.close(figure)
     temporary.replace(target)
-
-
-def _paper_label(results: Mapping[str, Any]) -> str:
-    own = set(results["paper"]["benchmarks"]) & set(results["benchmarks"])
-    return "the paper" if own else "the paper, on its own benchmarks"
-
-
-def _printed_difference(results: Mapping[str, Any], benchmark: str, label: str) -> float | None:
-    """The paper's difference on the same benchmark; else on the mean of its own, where the set has other benchmarks."""
-    rows = results["benchmarks"][benchmark]["rows"]
-    own, base = rows[label]["paper"], rows[results["base"]]["paper"]
-    if own is not None and base is not None:
-        return own - base
-    paper = results["paper"]
-    if paper is None or label not in paper["rows"] or set(paper["benchmarks"]) & set(results["benchmarks"]):
-        return None
-    return paper["rows"][label]["difference"]

@@ -31,6 +31,7 @@ class LaunchSpec(Strict):
     """How `accelerate launch` starts train.py and eval.py."""
 
     config: str | None = Field(None, description="a file of recipes/accelerate, relative to the set file")
+    evaluate_config: str | None = Field(None, description="another such file for eval.py (default: config)")
     arguments: tuple[str, ...] = Field((), description="more arguments of accelerate launch")
     environment: dict[str, str] = Field({}, description="environment variables of every part")
     jobs: PositiveInt = Field(1, description="parts that run at the same time on this machine")
@@ -99,8 +100,10 @@ def load_set(path: Path) -> LoadedSet:
         spec = AblationSet.model_validate(values)
     except ValidationError as error:
         raise UserError(f"set {path}: {first_sentence(error)}") from None
-    if spec.launch.config is not None and not (path.parent / spec.launch.config).is_file():
-        raise UserError(f"set {path}: launch.config {spec.launch.config} does not exist beside it")
+    for key in ("config", "evaluate_config"):
+        config = getattr(spec.launch, key)
+        if config is not None and not (path.parent / config).is_file():
+            raise UserError(f"set {path}: launch.{key} {config} does not exist beside it")
     labels = [spec.base, *(label for label in spec.rows if label != spec.base)]
     rows = tuple(_load_row(label, spec.rows[label], path) for label in labels)
     files: dict[str, Path] = {}

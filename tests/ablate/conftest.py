@@ -73,8 +73,8 @@ def pretend_trained(run: Run, phases: tuple[str, ...] | None = None) -> None:
 
 
 def pretend_evaluated(plan: Plan, run: Run, right: set[int], n: int, blind: bool = False) -> None:
-    """Answers and scores of `n` questions of which those in `right` are correct."""
-    answers = [choice("phantom", number, number in right) for number in range(n)]
+    """Answers and scores of `n` questions of each benchmark, of which those in `right` are correct."""
+    answers = [choice(name, number, number in right) for name in plan.loaded.benchmarks for number in range(n)]
     out = evaluation_folder(run, plan.loaded, blind)
     out.parent.mkdir(parents=True, exist_ok=True)
     Result(out, answers, model=str(run.folder / "final"), weights=run.name, blind=blind)

@@ -25,7 +25,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs scripts as parts: name -> (text, after)."""
-    monkeypatch.setattr(parts, "launcher", lambda loaded: [sys.executable])
+    monkeypatch.setattr(parts, "launcher", lambda loaded, part: [sys.executable])
     monkeypatch.setattr(parts, "script", lambda name: str(folder / name))
 
     def start(scripts: dict[str, tuple[str, tuple[str, ...]]], jobs: int = 2, finished: tuple[str, ...] = ()) -> Plan:

@@ -172,6 +172,34 @@ def test_labels_are_text_and_never_markup(folder):
     assert "[b]<i>|x" in console.export_text()
 
 
+def test_several_benchmarks_stand_beside_each_other_with_the_papers_numbers(folder):
+    rows = {
+        "tiny": {"recipe": "tiny.yaml", "paper": {"slake-en": 40.0, "phantom": 60.0}},
+        "longer": {"recipe": "tiny-longer.yaml", "paper": {"slake-en": 50.0, "phantom": 55.0}},
+    }
+    plan = plan_of(folder, rows=rows, benchmarks=["phantom", "slake-en"], blind="none")
+    for run in plan.runs:
+        pretend_trained(run)
+        pretend_evaluated(plan, run, RIGHT[run.row.label][run.seed], N)
+    summary = results.summarise(plan)
+    header, lines = report.overview(summary)
+    assert header == ["row", "phantom, n = 40", "slake-en, n = 40", "mean"]
+    assert lines[0] == ["tiny", "52.5 % (60.0)", "52.5 % (40.0)", "52.5 % (50.0)"]
+    assert report.printed(summary, "slake-en", "longer").difference == 10.0
+    assert report.printed(summary, "phantom", "longer").cell == "−5.0"
+    assert report.printed(summary, "phantom", "tiny").cell == "60.0"
+    tests = [entry["rows"]["longer"]["versus_base"] for entry in summary["benchmarks"].values()]
+    assert [one["p_holm"] for one in tests] == pytest.approx([2 * one["p"] for one in tests])
+    report.write_reports(plan.out, summary)
+    text = (plan.out / "report.md").read_text()
+    assert "| tiny | 52.5 % (60.0) | 52.5 % (40.0) | 52.5 % (50.0) |" in text
+    assert "its number on the same benchmark" in text
+    assert "52.5 % (40.0)" in (plan.out / "report.html").read_text()
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.show(summary, plan.out, console)
+    assert "52.5 % (40.0)" in console.export_text()
+
+
 def test_a_set_without_the_papers_numbers_has_no_column_for_them(folder):
     plan = plan_of(folder, rows=SET["rows"])
     for run in plan.runs:

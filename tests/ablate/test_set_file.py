@@ -99,4 +99,4 @@ def test_the_papers_numbers_come_from_the_recipe_or_the_set(folder: Path):
     (folder / "tiny.yaml").write_text(text + reproduces)
     rows = SET["rows"] | {"longer": {"recipe": "tiny-longer.yaml", "paper": {"slake": 60.0}}}
     loaded = load_set(write_set(folder, rows=rows))
-    assert [row.paper for row in loaded.rows] == [{"slake": 59.4}, {"slake": 59.4}, {"slake": 60.0}]
+    assert [row.paper for row in loaded.rows] == [{"slake": 59.4}, {}, {"slake": 60.0}]  # the base's row is the base's
