@@ -54,9 +54,9 @@ def show(results: Mapping[str, Any], out: Path, console: Console) -> None:
     """The tables, no wider than a terminal of 110 columns, and where the rest is."""
     if (all_benchmarks := overview(results)) is not None:
         header, lines = all_benchmarks
-        table = Table(
-            *map(Text, header), title=Text(f"{results['title']} (in brackets: the paper)"), title_justify="left"
-        )
+        table = Table(title=Text(f"{results['title']} (in brackets: the paper)"), title_justify="left")
+        for name in header:
+            table.add_column(Text(name), justify="left" if name == header[0] else "right")
         for line in lines:
             table.add_row(*map(Text, line))
         console.print(table)
@@ -152,9 +152,8 @@ def overview(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | 
         mean = sum(papers) / len(papers) if None not in papers else None
         cells = [*zip([row["accuracy"] for row in rows], papers, strict=True)]
         cells.append((sum(row["accuracy"] for row in rows) / len(rows), mean))
-        lines.append(
-            [label, *(percent(own) + (f" ({paper:.1f})" if paper is not None else "") for own, paper in cells)]
-        )
+        beside = [percent(own) + ("" if paper is None else f" ({paper:.1f})") for own, paper in cells]
+        lines.append([label, *beside])
     return header, lines
 
 
