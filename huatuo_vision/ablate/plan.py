@@ -134,7 +134,10 @@ def is_asked_blind(row: Row, loaded: LoadedSet) -> bool:
 
 def _parts(run: Run, loaded: LoadedSet, overrides: Sequence[str]) -> list[Part]:
     train = ["train.py", "--recipe", _shown(run.row.path), "--out", _shown(run.folder)]
-    for override in (*overrides, f"seed={run.seed}"):
+    own = [f"seed={run.seed}"]
+    if run.recipe.hub.push != "never":
+        own.append("hub.push=never")  # its seeds would overwrite each other there
+    for override in (*overrides, *own):
         train += ["--set", override]
     after: tuple[str, ...] = ()
     if run.donor is not None and not all(run.is_finished(phase) for phase in run.shared):

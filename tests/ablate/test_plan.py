@@ -75,6 +75,14 @@ def test_overrides_reach_every_training_and_its_fingerprint(folder: Path):
     assert plan.runs[0].recipe.fingerprint() != other.runs[0].recipe.fingerprint()
 
 
+def test_no_seed_is_pushed_over_another(folder: Path):
+    text = (folder / "tiny.yaml").read_text() + "hub: {repo_id: me/tiny, license: mit, push: final}\n"
+    assert not any("hub.push=never" in part.command for part in plan_of(folder).parts)
+    (folder / "tiny.yaml").write_text(text)
+    trainings = [part for part in plan_of(folder).parts if part.kind == "train"]
+    assert all("hub.push=never" in part.command for part in trainings)
+
+
 def printed(plan) -> str:
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     show_plan(plan, console)
