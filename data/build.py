@@ -98,6 +98,7 @@ def build(build: Build, steps: Sequence[str], executor: str, console: Console) -
     tasks = build.plan(console)
     # Everything that the settings name is looked at before the first row is: a wrong path costs no night.
     planned = {step: build.passes(step, tasks) for step in STEPS}
+    _record(build)
     upstream, after = "", None
     with LocalRun(build.config.executor, console) as local:
         for step, work in ((name, work) for name in STEPS for work in planned[name]):
@@ -233,12 +234,11 @@ def main() -> None:
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(arguments.out / ".lock", timeout=0):
-            _record(work)
             build(work, [arguments.step] if arguments.step else STEPS, arguments.executor, console)
     except filelock.Timeout:
         raise UserError(f"--out {arguments.out}: another command is at work in it; wait for its end") from None
     except OSError as error:
-        raise UserError(f"--out {arguments.out} can't be written ({error.strerror or error})") from None
+        raise UserError(f"reading {arguments.source} or writing {arguments.out} failed: {error}") from None
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def ingest_settings(source: str, settings: Ingest, limit: int | None) -> dict[st
     local = "://" not in source
     where = str(Path(source).resolve()) if local else source
     # Options of the file system may hold keys, and change nothing in what is read.
-    return {"source": where, "limit": limit, **settings.model_dump(mode="json", exclude={"storage_options"})}
+    return {"address": where, "limit": limit, **settings.model_dump(mode="json", exclude={"storage_options"})}
 
 
 class ReadSource(PipelineStep):

@@ -21,7 +21,7 @@ from data.dedup.nearest import near_hashes, repeated_captions
 from data.dedup.pictures import likeness, shrunk
 from data.dedup.stage import REPORT_FILE, dedup_passes
 from data.executor import LocalRun, start
-from data.phantom import make_phantom
+from data.phantom.write import make_phantom
 from data.sources.images import store_encoded
 from data.tables import IMAGE_SCHEMA, Pair, RunFolder, StoredImage, row_writer, stage_output
 from huatuo_vision.schema import UserError
