@@ -102,42 +102,37 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def _look(image: Image.Image) -> np.ndarray:
     """109 numbers about a picture, each between 0 and 1: what tells photographs from drawings and plots."""
     small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    rgb = np.asarray(small, np.float32) / 255
-    hue, saturation, value = np.moveaxis(np.asarray(small.convert("HSV"), np.float32) / 255, -1, 0)
-    grey = rgb.mean(axis=-1)
+    rgb = np.asarray(small)
+    hue, saturation, value = np.moveaxis(np.asarray(small.convert("HSV")), -1, 0)
+    grey = rgb.mean(axis=-1, dtype=np.float32) / 255
     down, right = np.gradient(grey)
     strength = np.hypot(down, right)
-    angle = np.mod(np.arctan2(down, right), np.pi)
-    cells = _SIDE // 4
-    oriented = [
-        np.histogram(
-            angle[r : r + cells, c : c + cells], 4, (0, np.pi), weights=strength[r : r + cells, c : c + cells]
-        )[0]
-        for r in range(0, _SIDE, cells)
-        for c in range(0, _SIDE, cells)
-    ]
-    # Flat areas and pure white are drawn, noise is recorded.
-    flat = (strength < 1 / 255).mean()
-    colours = len(np.unique((np.asarray(small) >> 3).reshape(-1, 3), axis=0)) / _SIDE**2
+    direction = np.minimum((np.mod(np.arctan2(down, right), np.pi) * (4 / np.pi)).astype(int), 3)
+    places = np.arange(_SIDE) // (_SIDE // 4)
+    cell = places[:, None] * 4 + places[None, :]
+    oriented = np.bincount((cell * 4 + direction).ravel(), strength.ravel(), 64)
+    colours = rgb.astype(np.int32) >> 3
+    n_colours = np.count_nonzero(np.bincount((colours @ np.array([1024, 32, 1])).ravel(), minlength=32768))
     numbers = [
-        flat,
-        colours,
+        # Flat areas and pure white are drawn, noise is recorded.
+        (strength < 1 / 255).mean(),
+        n_colours / grey.size,
         (grey > 0.98).mean(),
         (grey < 0.04).mean(),
-        (saturation < 0.05).mean(),
+        (saturation < 13).mean(),
         (strength > 0.1).mean(),
         strength.mean(),
         np.abs(right).mean(axis=0).max(),  # the strongest vertical line
         np.abs(down).mean(axis=1).max(),
         grey.std(),
-        saturation.mean(),
+        saturation.mean() / 255,
         min(image.size) / max(image.size),
         grey[:8].mean(),  # the margins
     ]
     histograms = (
-        np.histogram(grey, 12, (0, 1))[0] / grey.size,
-        np.histogram(saturation, 8, (0, 1))[0] / grey.size,
-        np.histogram(hue, 12, (0, 1), weights=saturation * value)[0] / grey.size,
-        np.concatenate(oriented) / (_SIDE * cells),
+        np.bincount(np.minimum((grey * 12).astype(int), 11).ravel(), minlength=12),
+        np.bincount((saturation >> 5).ravel(), minlength=8),
+        np.bincount((hue.astype(int) * 12 >> 8).ravel(), (saturation / 255 * (value / 255)).ravel(), 12),
+        oriented * 4,
     )
-    return np.concatenate([np.asarray(numbers, np.float32), *(h.astype(np.float32) for h in histograms)])
+    return np.concatenate([numbers, *(histogram / grey.size for histogram in histograms)]).astype(np.float32)
