@@ -21,6 +21,15 @@ ablations: .venv/installed
 	$(BIN)/python -m huatuo_vision.ablate recipes/mini/ablations/alignment.yaml
 	$(BIN)/python -m huatuo_vision.ablate recipes/mini/ablations/construction.yaml
 
+data-demo: .venv/data-installed
+	$(BIN)/python -m data.phantom_articles --out runs/data-demo/source --articles 60 --seed 0
+	$(BIN)/python -m data.filters.classifier --rows runs/data-demo/source/labelled/labels.jsonl --config data/demo.yaml --out runs/data-demo/classifier.json
+	$(BUILD) --config data/demo.yaml --source runs/data-demo/source/articles --out runs/data-demo/build
+	$(LAUNCH) train.py --recipe recipes/mini/data-demo.yaml --out runs/data-demo/training
+	@if [ -n "$(HUATUO_SAMPLES)" ]; then set -ex; \
+	  $(BUILD) --config data/demo-figures.yaml --source "$(HUATUO_SAMPLES)/real_sample/samples.jsonl" --out runs/data-demo/figures; \
+	  $(BUILD) --config data/demo-articles.yaml --source "$(HUATUO_SAMPLES)/jats_sample" --out runs/data-demo/articles; fi
+
 test: .venv/installed
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
@@ -35,4 +44,8 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/data-installed: .venv/installed requirements-data.txt
+	$(BIN)/python -m pip install --quiet -r requirements-data.txt
 	touch $@

@@ -27,9 +27,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from data.phantom import BODY_PARTS_OF, COUNTS, MODALITIES, SIDES, SIZES, Facts, draw_picture
+from data.phantom.drawing import draw_picture
+from data.phantom.facts import BODY_PARTS_OF, COUNTS, MODALITIES, SIDES, SIZES, Facts
 from huatuo_vision.cli import run_command
 from huatuo_vision.schema import UserError
+
+# Goes up whenever the same arguments would give other articles.
+GENERATOR_VERSION = 1
+EXPECTED_FILE = "expected.json"
 
 SIDE = 420  # pictures measure 7/8 to 3/2 of it a side: above the paper's 336 pixels
 SMALL_SIDE = 96
@@ -312,17 +317,25 @@ def _xml(article: _Article) -> str:
 
 
 def make_articles(out: Path, articles: int, seed: int) -> dict[str, object]:
-    """Make everything in the new folder `out`, written beside it and renamed when whole; returns what was planted."""
-    if out.exists():
-        raise UserError(f"{out} is there already; delete it or give --out a new folder")
+    """Make everything in `out`, unless it is there already; returns what was planted.
+
+    It is written beside `out` and renamed when whole. Raises UserError where `out` holds anything else.
+    """
     least = len(_FAULTS) + 1
     if not least <= articles <= 100_000:
-        raise UserError(
-            f"--articles is {articles}; expected {least} (one of each fault and the repeated figures) to 100000"
-        )
+        raise UserError(f"--articles is {articles}; expected {least} (each fault once, and repeated figures) to 100000")
+    asked = {"articles": articles, "seed": seed, "generator_version": GENERATOR_VERSION}
+    if out.exists():
+        try:
+            there = json.loads((out / EXPECTED_FILE).read_text(encoding="utf-8"))
+            if there["arguments"] == asked:
+                return there
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{out} holds something else than these articles; delete it or give --out a new folder")
     unfinished = out.parent / f".{out.name}.{uuid.uuid4().hex[:12]}.unfinished"
     try:
-        expected = _write(unfinished, articles, seed)
+        expected = _write(unfinished, articles, seed, asked)
         unfinished.rename(out)
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror or error})") from None
@@ -331,7 +344,7 @@ def make_articles(out: Path, articles: int, seed: int) -> dict[str, object]:
     return expected
 
 
-def _write(folder: Path, n_articles: int, seed: int) -> dict[str, object]:
+def _write(folder: Path, n_articles: int, seed: int, asked: dict[str, int]) -> dict[str, object]:
     writer = _Writer(seed)
     made: list[_Article] = []
     for n in range(n_articles):
@@ -356,12 +369,12 @@ def _write(folder: Path, n_articles: int, seed: int) -> dict[str, object]:
     figures = sum(1 if a.drop == "broken_xml" else len(a.figures) for a in made)
     expected = {
         "synthetic": "drawn and written by data/phantom_articles.py; no medical data",
-        "arguments": {"articles": n_articles, "seed": seed},
+        "arguments": asked,
         "rows": figures,
         "dropped": dict(sorted(dropped.items())),
         "kept": figures - sum(dropped.values()),
     }
-    (folder / "expected.json").write_text(json.dumps(expected, indent=2) + "\n", encoding="utf-8")
+    (folder / EXPECTED_FILE).write_text(json.dumps(expected, indent=2) + "\n", encoding="utf-8")
     _write_labelled(folder / "labelled", seed)
     return expected
 
