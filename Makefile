@@ -8,7 +8,10 @@ LAUNCH := ACCELERATE_USE_CPU=true CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)
 # Two test processes, one thread each: more threads only wait for each other on tiny models.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo ablations test test-slow lint
+# The stand-in for an MLLM is up at OPENAI_BASE_URL while the builder runs.
+BUILD := $(BIN)/python -m data.stand_in -- $(BIN)/python -m data.build
+
+.PHONY: demo data-demo ablations test test-slow lint
 
 demo: .venv/installed
 	$(LAUNCH) train.py --recipe recipes/phantom.yaml
