@@ -35,7 +35,7 @@ _AHEAD = 4
 
 def reformat_pass(run: RunFolder, settings: Reformat, tasks: int) -> Pass:
     version = None if settings.method == "native_caption" else prompt_version(settings.method)
-    decides = {"settings": settings.decides(), "prompt_version": version}
+    decides = {**settings.decides(), "prompt_version": version}
     return row_pass(run, STAGE, PREVIOUS, tasks, (Describe(run, settings),), decides)
 
 
