@@ -98,10 +98,13 @@ def _caption(facts: Facts, number: int) -> str:
 
 
 def _mention(facts: Facts, number: int, reference: str) -> str:
-    state = "normal tissue" if not facts.count else f"{facts.size} lesions of the {facts.side} {facts.body_part}"
+    if facts.count:
+        state, checked = f"{facts.size} lesions of the {facts.side} {facts.body_part}", "the biopsy of the lesion"
+    else:
+        state, checked = "normal tissue", "the follow-up by the radiologist"
     return (
         f"In patient {number} the {_WORDS_OF[facts.modality]} examination of the {facts.body_part} showed {state} "
-        f"({reference}), which agreed with the clinical diagnosis and with the biopsy of the lesion."
+        f"({reference}), which agreed with the clinical diagnosis and with {checked}."
     )
 
 

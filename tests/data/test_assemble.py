@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+pytest.importorskip("datatrove")
+
 from datasets import Image, load_dataset
 
 from data.assemble import FEATURES, assemble_pass, finish, licence_class, rows_by_class

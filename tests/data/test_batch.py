@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("datatrove")
+
+
 from data import batch
 from data.config import Reformat
 from data.mllm.cache import AnswerCache, Usage

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("datatrove")
+
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("datatrove")
+
+
 from data.card import write_card
 from data.tables import RunFolder
 from tests.data.rows import described

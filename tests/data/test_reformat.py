@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("datatrove")
+
+
 from data.config import Reformat
 from data.mllm.ask import Stopped
 from data.mllm.cache import AnswerCache

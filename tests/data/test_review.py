@@ -14,6 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("datatrove")
+pytest.importorskip("krippendorff")
+
+
 from data import review
 from data.assemble import finish, write_part
 from huatuo_vision.schema import UserError
