@@ -3,7 +3,8 @@
 Rows are made on the spot: small pictures unlike each other, or (--pictures FOLDER) the JPEG files of a folder, mixed
 two by two so that no two rows are the same, and captions of random vocabulary entries. Every stage is a process of
 its own with one worker; its memory is the process's peak, and its time leaves out the start of Python (measured by
-running the completed stage once more).
+running the completed stage once more). The stage reformat asks data.stand_in, in this process: what is measured is
+all that is not the model's own time, on both sides of the wire.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data.filters.text import OWN_VOCABULARY, read_entries
+from data.stand_in import MODEL, serve
 
-STAGES = ("ingest", "text-filter", "image-filter", "dedup")
+STAGES = ("ingest", "text-filter", "image-filter", "dedup", "reformat", "assemble")
 ROWS_A_FILE = 5000
 
 
@@ -80,13 +82,15 @@ def measure(rows: int, side: int, pictures: Sequence[Path], work: Path) -> Itera
         "name": "scale",
         "ingest": {"kind": "pairs", "shard_size": 1000},
         "image_filter": {"min_side": 32, "encoder": {"kind": "small"}, "classifier": str(work / "classifier.json")},
+        "reformat": {"method": "mllm_reformatted", "model": MODEL, "concurrency": 64},
         "executor": {"workers": 1},
     }
     config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "data.build", "--config", config, "--source", source, "--out", out, "--step"]
     for stage in STAGES:
-        seconds, peak = _run([*map(str, command), stage])
-        start, _ = _run([*map(str, command), stage])
+        with serve() as url:
+            seconds, peak = _run([*map(str, command), stage], url)
+            start, _ = _run([*map(str, command), stage], url)
         funnel = json.loads((out / "funnel.json").read_text())["stages"][-1]
         yield {
             "rows": rows,
@@ -100,10 +104,10 @@ def measure(rows: int, side: int, pictures: Sequence[Path], work: Path) -> Itera
         }
 
 
-def _run(command: list[str]) -> tuple[float, int]:
+def _run(command: list[str], endpoint: str) -> tuple[float, int]:
     """Wall seconds and peak memory in KiB of a command that must succeed."""
     started = time.monotonic()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_BASE_URL": endpoint}
     quiet = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
     process = os.posix_spawn(command[0], command, environment, file_actions=quiet)
     _, status, used = os.wait4(process, 0)
