@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("datatrove")
@@ -182,3 +184,18 @@ def test_no_key_and_no_picture_in_the_log_of_a_run_that_breaks(tmp_path: Path) -
     assert process.returncode != 0 and b"refuses the key" in log
     for content in (log, *(path.read_bytes() for path in (run.path / "logs").rglob("*") if path.is_file())):
         assert SECRET.encode() not in content and b";base64," not in content
+
+
+def test_a_traceback_shows_no_values(tmp_path: Path) -> None:
+    """A fault of our own, in the middle of a request: the log has the traceback, and nothing of what was in hand."""
+    run = complete_stage(tmp_path, "dedup", [[pair(1)]])
+    table = pq.read_table(run.images_file(0))
+    broken = pa.array([{"bytes": b"PICTURE-BYTES" * 9, "path": "x.jpg"}], table.schema.field("image").type)
+    pq.write_table(table.set_column(1, table.schema.field("image"), broken), run.images_file(0))
+    with endpoint(good) as served:
+        process = work(run, served.url, OPENAI_API_KEY=SECRET)
+        said_there = process.communicate()[0]
+    log = b"".join(path.read_bytes() for path in (run.path / "logs").rglob("*.log"))
+    assert process.returncode == 2 and b"Traceback" in log and b"load_image" in log
+    for content in (said_there, log):
+        assert b"PICTURE-BYTES" not in content and SECRET.encode() not in content
