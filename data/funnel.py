@@ -64,7 +64,8 @@ def draw_funnel(rows: Sequence[StageCounts], path: Path) -> None:
 
     reasons = sorted({reason for row in rows for reason in row.counts.dropped})
     colours = dict(zip(reasons, pyplot.get_cmap("tab20").colors * (len(reasons) // 20 + 1), strict=False))
-    figure, axes = pyplot.subplots(figsize=(9, 0.75 * len(rows) + 1.2 + 0.22 * (-(-len(reasons) // 3))))
+    height = 0.7 * len(rows) + 1 + 0.25 * (1 + len(reasons) // 4)
+    figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
     shown: set[str] = set()
     for place, row in enumerate(rows):
         counts = row.counts
@@ -82,7 +83,7 @@ def draw_funnel(rows: Sequence[StageCounts], path: Path) -> None:
     axes.set_xlabel("rows")
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True, nbins=6))
-    axes.legend(ncols=3, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.28))
+    figure.legend(ncols=4, fontsize=8, frameon=False, loc="outside lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
