@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,8 +84,8 @@ IMAGE_SCHEMA = pa.schema(
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("phash", pa.binary()),
-        ("coarse_phash", pa.binary()),
+        ("phash", pa.binary(32)),
+        ("coarse_phash", pa.binary(8)),
     ]
 )
 
@@ -266,12 +267,13 @@ class RunFolder:
 
     def tasks(self, name: str) -> int:
         """The number of tasks, and so of files, of a pass that is complete. Raises UserError if it isn't."""
-        folder = self.logging_dir(name)
-        tasks = self.state(name)["tasks"]
-        missing = [rank for rank in range(tasks) if not (folder / "completions" / f"{rank:05d}").is_file()]
-        if missing:
+        folder, tasks = self.logging_dir(name), self.state(name)["tasks"]
+        # Asked again for every file that is read: a pass that was complete stays so until it is started anew.
+        started = (self.path / "logs" / f"{name}.json").stat().st_mtime_ns
+        if missing := _missing_tasks(folder, tasks, started):
+            _missing_tasks.cache_clear()
             raise UserError(
-                f"{self.path}: the stage {name} is not complete ({len(missing)} of {tasks} tasks are missing); run the "
+                f"{self.path}: the stage {name} is not complete ({missing} of {tasks} tasks are missing); run the "
                 "same command again and it goes on from there"
             )
         return tasks
@@ -347,6 +349,12 @@ class RunFolder:
         table = pq.read_table(self.rank_file("vectors", name, rank))
         column = table["vector"].combine_chunks()
         return table["id"].to_pylist(), column.flatten().to_numpy().reshape(len(table), column.type.list_size)
+
+
+@lru_cache(maxsize=64)
+def _missing_tasks(folder: Path, tasks: int, started: int) -> int:
+    done = {path.name for path in (folder / "completions").glob("*")}
+    return sum(f"{rank:05d}" not in done for rank in range(tasks))
 
 
 def _damaged(path: Path, what: str) -> UserError:

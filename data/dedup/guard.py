@@ -12,12 +12,13 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datatrove.pipeline.base import PipelineStep
 from PIL import Image
@@ -33,8 +34,10 @@ from huatuo_vision.schema import BadSample, UserError
 # Runs of words that more questions of a benchmark share are its manner of asking.
 _QUESTIONS_OF_A_RUN = 3
 _WORD = re.compile(r"[^\W_]+")
-_BYTES = ("phash", "coarse_phash", "thumbnail")
-_PICTURES = pa.schema([("id", pa.string()), ("row", pa.string()), *((name, pa.binary()) for name in _BYTES)])
+_PICTURES = pa.schema(
+    [("id", pa.string()), ("row", pa.string()), ("phash", pa.binary(32)), ("coarse_phash", pa.binary(8))]
+    + [("thumbnail", pa.binary())]
+)
 
 
 def runs_of_words(text: str, length: int) -> Iterator[int]:
@@ -108,15 +111,16 @@ class EvaluationSets:
         return dict(zip(table["run"].to_pylist(), table["row"].to_pylist(), strict=True))
 
     def matches(
-        self, ids: list[str], hashes: Hashes, thumbnails: Callable[[int], Image.Image], settings: Dedup
+        self, ids: pa.StringArray, hashes: Hashes, thumbnails: Callable[[int], Image.Image], settings: Dedup
     ) -> dict[int, tuple[str, int]]:
         """Position of a picture -> the evaluation row that shows it too, and the distance between their hashes."""
         table = pq.read_table(self._folder / "pictures.parquet")
         rows = table["row"].to_pylist()
-        theirs = dict(zip(table["id"].to_pylist(), rows, strict=True))
-        found = {place: (theirs[id_], 0) for place, id_ in enumerate(ids) if id_ in theirs}
+        same_pixels = pc.index_in(ids, table["id"].combine_chunks())
+        shared = np.flatnonzero(same_pixels.is_valid().to_numpy(zero_copy_only=False)).tolist()
+        found = {place: (rows[same_pixels[place].as_py()], 0) for place in shared}
         if settings.max_hash_distance > 0:
-            known = tuple(as_array(table[name].to_pylist()) for name in ("phash", "coarse_phash"))
+            known = (as_array(table["phash"]), as_array(table["coarse_phash"]))
             proposed = proposals(known, hashes, settings.max_hash_distance)
             proposed = [proposal for proposal in proposed if proposal[0] not in found]
             small = table["thumbnail"]
@@ -129,9 +133,11 @@ class EvaluationSets:
         return json.loads(self.report_file.read_text(encoding="utf-8"))
 
 
-def as_array(hashes: Sequence[bytes]) -> np.ndarray:
-    """uint8 of shape (n, bytes of a hash)."""
-    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
+def as_array(hashes: pa.ChunkedArray) -> np.ndarray:
+    """A column of hashes of one length as uint8 of shape (n, bytes of a hash)."""
+    column = hashes.combine_chunks()
+    width = column.type.byte_width
+    return np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width).reshape(-1, width)
 
 
 def _picture(image: Image.Image, row: str) -> tuple[str, dict[str, Any]]:

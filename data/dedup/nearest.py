@@ -17,7 +17,7 @@ _PROBED_LISTS = 32
 _BLOCK = 4096
 # Rows a cluster, on average; within a cluster every caption is compared with every other.
 CLUSTER_ROWS = 1000
-_TRAINING_ROWS = 256  # a centroid
+_TRAINING_ROWS = 64  # a centroid, all in memory at once
 _SEED = 0
 
 # A row, the row before it that it repeats, and whether they are the very same.

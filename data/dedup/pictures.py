@@ -20,7 +20,7 @@ from data.dedup.nearest import near_hashes
 MAX_COARSE_DISTANCE = 10  # of 64 bits
 # Of each picture so many proposals are looked at, the nearest first.
 MOST_PROPOSALS = 8
-THUMBNAIL_SIDE = 160
+THUMBNAIL_SIDE = 112  # a little more than the largest scale asks for
 _SIDE = 96  # pixels of the longer side where pictures are compared
 _SCALES = (1.0, 0.98, 1.02, 0.96, 1.04, 0.94, 1.06, 0.92, 1.08)  # likely ones first
 _MARGIN = 0.1  # of the one picture, that the other need not show

@@ -25,13 +25,15 @@ from PIL import Image
 from data.config import Dedup
 from data.dedup.guard import EvaluationSets, WriteEvaluationSets, as_array, check_names, quoted_question
 from data.dedup.nearest import repeated_captions, repeated_pictures
-from data.dedup.pictures import Hashes, neighbours_of, proposals, same_pictures, thumbnail
+from data.dedup.pictures import Hashes, Proposal, neighbours_of, proposals, same_pictures, thumbnail
 from data.filters.encoders import caption_encoder, encoder_name
 from data.steps import Pass, Rows, row_pass
 from data.tables import Dropped, Pair, RunFolder, batched, whole_file, write_json
 
 STAGE, PREVIOUS = "dedup", "image-filter"
 REPORT_FILE = "contamination.json"
+# Thumbnails of 10 KB each: at most a gigabyte.
+_PROPOSALS_AT_ONCE = 50_000
 _FLAG = "flag"  # not a reason to drop: the row stays, and says what it overlaps
 
 
@@ -147,28 +149,29 @@ class Decide(PipelineStep):
     def _pictures(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, _Pictures]:
         """Owner and picture of each showing of a picture, and the pictures."""
         lists = rows["images"].combine_chunks()
-        owners = np.repeat(np.arange(len(rows)), pc.list_value_length(lists).to_numpy())
+        owners = np.repeat(np.arange(len(rows), dtype=np.int32), pc.list_value_length(lists).to_numpy())
         coded = lists.flatten().dictionary_encode()
-        ids = coded.dictionary.to_pylist()
-        wanted = set(ids)
-        found: dict[str, tuple[bytes, bytes, int]] = {}
+        tables = []
         for rank in range(self.tasks):
             table = self.run_folder.image_columns(rank, ["id", "phash", "coarse_phash"])
-            for id_, fine, coarse in zip(*_as_lists(table, *table.column_names), strict=True):
-                if id_ in wanted:
-                    found.setdefault(id_, (fine, coarse, rank))
-        hashes = tuple(as_array([found[id_][k] for id_ in ids]) for k in (0, 1))
-        return owners, coded.indices.to_numpy(), _Pictures(self.run_folder, ids, hashes, [found[i][2] for i in ids])
+            tables.append(table.append_column("rank", pa.array(np.full(len(table), rank, np.int32))))
+        images = pa.concat_tables(tables).combine_chunks()
+        # Of a picture that several tasks stored, the first.
+        images = images.take(pc.index_in(coded.dictionary, images["id"].combine_chunks()))
+        hashes = (as_array(images["phash"]), as_array(images["coarse_phash"]))
+        pictures = _Pictures(self.run_folder, coded.dictionary, hashes, images["rank"].to_numpy())
+        return owners, coded.indices.to_numpy(), pictures
 
     def _neighbours(self, pictures: _Pictures) -> Mapping[int, list[int]]:
         """Pictures that show the same as others."""
         hashes = pictures.hashes
         proposed = proposals(hashes, hashes, self.settings.max_hash_distance)
         proposed = sorted({(min(one, other), max(one, other), distance) for one, other, distance in proposed})
-        pictures.keep({place for one, other, _ in proposed for place in (one, other)})
-        return neighbours_of(
-            same_pictures(proposed, pictures.thumbnail, pictures.thumbnail, self.settings.min_likeness)
-        )
+        same: list[Proposal] = []
+        for block in batched(proposed, _PROPOSALS_AT_ONCE):
+            pictures.keep({place for one, other, _ in block for place in (one, other)})
+            same += same_pictures(block, pictures.thumbnail, pictures.thumbnail, self.settings.min_likeness)
+        return neighbours_of(same)
 
     def _overlaps(
         self,
@@ -185,17 +188,18 @@ class Decide(PipelineStep):
             return {"benchmarks": {}, "on_overlap": guard.on_overlap, "overlaps": []}
         sets = EvaluationSets(self.run_folder)
         found: dict[int, tuple[str, str]] = {}
-        places = {key: row for row, key in enumerate(zip(*_as_lists(rows, "rank", "place"), strict=True))}
+        ranks, places = rows["rank"].to_numpy(), rows["place"].to_numpy()
+        firsts = np.concatenate([[0], np.cumsum(np.bincount(ranks, minlength=self.tasks))])
+        row_at = np.empty(len(rows), np.int64)  # by rank, then place
+        row_at[firsts[ranks] + places] = np.arange(len(rows))
         for rank in range(self.tasks):
-            quotes = pq.read_table(self.run_folder.rank_file("vectors", "quotes", rank))["row"].to_pylist()
-            for place, quoted in enumerate(quotes):
-                if quoted is not None:
-                    found[places[rank, place]] = ("evaluation_question", quoted)
+            quotes = pq.read_table(self.run_folder.rank_file("vectors", "quotes", rank))["row"]
+            for place in np.flatnonzero(quotes.is_valid().to_numpy()).tolist():
+                found[int(row_at[firsts[rank] + place])] = ("evaluation_question", quotes[place].as_py())
         matches = sets.matches(pictures.ids, pictures.hashes, pictures.thumbnail, self.settings)
-        for owner, picture in zip(owners.tolist(), shown.tolist(), strict=True):
-            if picture in matches:
-                row, distance = matches[picture]
-                found[owner] = ("evaluation_image", f"{row}, {distance} of 256 bits apart")
+        for showing in np.flatnonzero(np.isin(shown, list(matches))).tolist():
+            row, distance = matches[int(shown[showing])]
+            found[int(owners[showing])] = ("evaluation_image", f"{row}, {distance} of 256 bits apart")
         ids = rows["id"]
         overlaps = []
         for row, (reason, detail) in sorted(found.items()):
@@ -235,14 +239,13 @@ class Decide(PipelineStep):
         return found if found is not None else np.zeros((0, 1), np.float16)
 
     def _write(self, rows: pa.Table, decided: dict[int, tuple[str, str]], flags: dict[int, str]) -> None:
-        ids, ranks = _as_lists(rows, "id", "rank")
-        places = rows["place"].to_numpy()
+        ranks, places = rows["rank"].to_numpy(), rows["place"].to_numpy()
         by_rank: dict[int, list[tuple[int, str, str]]] = {rank: [] for rank in range(self.tasks)}
         for row, (reason, detail) in decided.items():
-            by_rank[ranks[row]].append((int(places[row]), reason, detail))
+            by_rank[int(ranks[row])].append((int(places[row]), reason, detail))
         for row, detail in flags.items():
             if row not in decided:
-                by_rank[ranks[row]].append((int(places[row]), _FLAG, detail))
+                by_rank[int(ranks[row])].append((int(places[row]), _FLAG, detail))
         for rank, decisions in by_rank.items():
             places_of, reasons, details = zip(*sorted(decisions), strict=True) if decisions else ((), (), ())
             columns = {"place": pa.array(places_of, pa.int32()), "reason": pa.array(reasons, pa.string())}
@@ -253,25 +256,26 @@ class Decide(PipelineStep):
 class _Pictures:
     """All pictures by position: ids and hashes in memory, thumbnails read when they are asked for."""
 
-    def __init__(self, run: RunFolder, ids: list[str], hashes: Hashes, ranks: list[int]):
+    def __init__(self, run: RunFolder, ids: pa.StringArray, hashes: Hashes, ranks: np.ndarray):
         self.ids, self.hashes = ids, hashes
         self._run, self._ranks = run, ranks
         self._kept: dict[int, Image.Image] = {}
 
     def keep(self, places: Iterable[int]) -> None:
-        """Read these thumbnails now, file by file, and keep them."""
+        """Read these thumbnails now, file by file, and keep them in place of others."""
+        self._kept.clear()
         by_rank: dict[int, list[int]] = {}
         for place in sorted(places):
-            by_rank.setdefault(self._ranks[place], []).append(place)
+            by_rank.setdefault(int(self._ranks[place]), []).append(place)
         for rank, of_rank in sorted(by_rank.items()):
             with self._run.images(rank) as images:
-                for place in images.in_file_order(of_rank, lambda place: self.ids[place]):
-                    self._kept[place] = thumbnail(images.get(self.ids[place]))
+                for place in images.in_file_order(of_rank, lambda place: self.ids[place].as_py()):
+                    self._kept[place] = thumbnail(images.get(self.ids[place].as_py()))
 
     def thumbnail(self, place: int) -> Image.Image:
         if place not in self._kept:
-            with self._run.images(self._ranks[place]) as images:
-                self._kept[place] = thumbnail(images.get(self.ids[place]))
+            with self._run.images(int(self._ranks[place])) as images:
+                self._kept[place] = thumbnail(images.get(self.ids[place].as_py()))
         return self._kept[place]
 
 
@@ -295,10 +299,6 @@ class Apply(PipelineStep):
                 yield replace(row, overlaps=detail)
             else:
                 yield Dropped(row.id, reason, detail)
-
-
-def _as_lists(table: pa.Table, *columns: str) -> Iterator[list[Any]]:
-    return (table[column].to_pylist() for column in columns)
 
 
 def _at(column: pa.ChunkedArray, place: int) -> str:
