@@ -257,6 +257,26 @@ def test_fingerprint_is_of_what_is_learnt(small):
     assert differing_keys(later, recipe) == ["phases.instruct.epochs"]
 
 
+def test_a_tokenizer_trained_on_the_data_belongs_to_what_every_phase_learns(small):
+    """Its tokens come from all that `data` lists, so the list counts, and which phase uses what of it does not."""
+    recipe = load_recipe(small)
+    other_mix = load_recipe(small, ["phases.instruct.data=[{source: captions}]"])
+    assert other_mix.fingerprint("align") == recipe.fingerprint("align")
+    more = "data.more={adapter: phantom, config: mllm_distill, train: 10}"
+    assert load_recipe(small, [more]).fingerprint("align") != recipe.fingerprint("align")
+    fixed = "model.language_model.tokenizer={id: some/tokenizer}"
+    assert load_recipe(small, [fixed, more]).fingerprint("align") == load_recipe(small, [fixed]).fingerprint("align")
+
+
+def test_null_takes_away_what_the_base_has(tmp_path):
+    write(tmp_path, SMALL)
+    row = {"name": "row", "base": "recipe.yaml", "ablates": ["phases.align"], "phases": {"align": None}}
+    assert list(load_recipe(write(tmp_path, row, "row.yaml")).phases) == ["instruct"]
+    undeclared = write(tmp_path, row | {"ablates": []}, "undeclared.yaml")
+    with pytest.raises(UserError, match="differs from its base in phases.align.*, which ablates does not name"):
+        load_recipe(undeclared)
+
+
 def test_where_things_come_from_is_not_what_is_learnt(small, tmp_path):
     llava = ["model={llava: {path: x}}", "data.captions={adapter: captions, path: x}"]
     recipe = load_recipe(small, llava)

@@ -250,7 +250,9 @@ def _open(name: str, spec: SourceSpec, cache_dir: Path) -> Source:
 
 def _data_files(spec: SourceSpec, cache_dir: Path) -> tuple[Path, ...]:
     if spec.adapter == "phantom":
-        file = phantom_folder(cache_dir, **_phantom_arguments(spec)) / f"{PUBMEDVISION_CONFIGS[spec.config]}.json"
+        # The descriptions' files are named as their configurations.
+        file_name = f"{PUBMEDVISION_CONFIGS.get(spec.config, spec.config)}.json"
+        file = phantom_folder(cache_dir, **_phantom_arguments(spec)) / file_name
         if not file.is_file():
             raise UserError(f"the phantom data is not made yet: {file} does not exist; ensure_made() makes it first")
         return (file,)
