@@ -41,6 +41,8 @@ TORCH_FREE = (
     "evaluation/judges.py",
     "evaluation/protocols.py",
     "evaluation/rows.py",
+    "model/convert.py",
+    "model/official.py",
     "html.py",
     "recipe.py",
     "schema.py",

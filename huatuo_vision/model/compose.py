@@ -91,7 +91,7 @@ _MARKERS = {
 }
 
 # What the other half of a CLIP or SigLIP checkpoint is called; LLaVA has no use for it.
-_TEXT_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+TEXT_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 
 _EOS, _PAD = "<|endoftext|>", "<|pad|>"
 
@@ -427,7 +427,7 @@ def _vision_encoder(spec: VisionEncoderSpec, config: PreTrainedConfig, dtype: to
         model, info = _load_whole(_ENCODERS[config.model_type].model, source, dtype=dtype, config=config)
     finally:
         logging.set_verbosity(verbosity)
-    check_loaded(source.location, info, ignored=lambda key: key.startswith(_TEXT_TOWER))
+    check_loaded(source.location, info, ignored=lambda key: key.startswith(TEXT_TOWER))
     return model
 
 

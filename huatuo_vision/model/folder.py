@@ -11,14 +11,15 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -41,6 +42,9 @@ PROCESSOR_FILES = (
 )
 
 MAX_SHARD_SIZE = "5GB"
+
+# What is downloaded of a model on the Hub: never pickles, images or other frameworks' weights.
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt")
 
 # Names of modules in memory (transformers 5) and of tensors on disk.
 _PREFIXES = (
@@ -65,6 +69,21 @@ def module_name(canonical: str) -> str:
         if canonical.startswith(canonical_prefix):
             return module_prefix + canonical.removeprefix(canonical_prefix)
     raise ValueError(f"{canonical} is not the name of a tensor in a LLaVA checkpoint")
+
+
+def find_model(
+    model: str, flag: str = "--model", revision: str | None = None, patterns: Sequence[str] = MODEL_FILES
+) -> Path:
+    """The folder of a model: `model` itself, or a download of that Hub id. A UserError names the `flag`."""
+    if Path(model).is_dir():
+        if revision is not None:
+            raise UserError(f"{flag} {model} is a folder, and only a Hub id has revisions; leave the revision out")
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        brief = str(error).strip().splitlines()[0]
+        raise UserError(f"{flag} {model}: no folder of that name, and not to be had from the Hub ({brief})") from None
 
 
 @contextmanager
