@@ -457,7 +457,7 @@ def _converted(tensor: _Placed, weight: Tensor, config: LlavaConfig) -> Tensor:
     if missing <= 0:
         return weight
     # The logit of a mean row is the mean of the others: never the largest, in any engine.
-    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
     return torch.cat([weight, mean.expand(missing, -1)])
 
 

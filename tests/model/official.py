@@ -51,7 +51,7 @@ TEXT = {
     "rms_norm_eps": 1e-4,
     "tie_word_embeddings": False,
 }
-TEXT_TYPES = {"llava_qwen2": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
+TEXT_TYPES = {"llava_qwen2": "qwen2", "llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral"}
 
 WORDS = [
     "Which organ is shown in the picture? <|user|>\n<|assistant|>\n",
@@ -84,6 +84,7 @@ def write_qwen2_tokenizer(folder: Path) -> int:
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template="{{ 'ChatML' }}"
     )
     wrapped.save_pretrained(folder)
+    _as_of_2024(folder, tokenizer_class="Qwen2Tokenizer")
     return tokenizer.get_vocab_size()
 
 
@@ -120,7 +121,19 @@ def write_llama_tokenizer(folder: Path, blank: str, bos: bool) -> int:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<unk>", **named
     ).save_pretrained(folder)
+    _as_of_2024(folder, tokenizer_class="LlamaTokenizer", legacy=blank == "each", add_bos_token=bos)
     return tokenizer.get_vocab_size()
+
+
+def _as_of_2024(folder: Path, **values: Any) -> None:
+    """The tokenizer's files as the transformers of that time wrote them."""
+    pipeline = json.loads((folder / "tokenizer.json").read_text())
+    pipeline["model"]["merges"] = [" ".join(merge) for merge in pipeline["model"]["merges"]]
+    pipeline["model"].pop("ignore_merges", None)
+    (folder / "tokenizer.json").write_text(json.dumps(pipeline))
+    path = folder / "tokenizer_config.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({key: kept[key] for key in kept if key.endswith("_token")} | values))
 
 
 def _wide(module: nn.Module, seed: int, std: float) -> nn.Module:
@@ -144,7 +157,7 @@ def write_tower(folder: Path, seed: int, *, weights: bool = True) -> CLIPVisionM
             "logit_scale": torch.ones(()),
             "vision_model.embeddings.position_ids": torch.arange(PATCHES + 1)[None],
         }
-        save_file(tensors, folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": VISION}))
     preprocessor = {
         "crop_size": SIDE,
@@ -169,20 +182,22 @@ def write_checkpoint(
     blank: str = "each",
     shards: int = 3,
     dtype: torch.dtype = torch.float32,
+    sizes: dict[str, int] | None = None,
     **changes: Any,
 ) -> Path:
     """A checkpoint of random weights. tower: a folder outside that holds the only copy, as with LLaVA-1.5; without,
-    the tower is in the shards, and another one, which must not count, in `vit/`."""
+    the tower is in the shards, and another one, which must not count, in `vit/`. sizes: of the language model, where
+    they are not TEXT's. changes: of config.json, whatever the tensors are."""
     folder.mkdir(parents=True)
     if model_type == "llava_qwen2":
         rows = write_qwen2_tokenizer(folder) + 9
     else:
         rows = write_llama_tokenizer(folder, blank, bos=tower is not None or model_type == "llava_mistral")
-    text = TEXT | {"vocab_size": rows, "bos_token_id": 1, "eos_token_id": 2}
+    text = TEXT | (sizes or {}) | {"vocab_size": rows, "bos_token_id": 1, "eos_token_id": 2}
     language_model = _wide(
         AutoModelForCausalLM.from_config(AutoConfig.for_model(TEXT_TYPES[model_type], **text)), 1, 0.15
     )
-    projector = _wide(projector_of(VISION["hidden_size"], TEXT["hidden_size"]), 2, 0.2)
+    projector = _wide(projector_of(VISION["hidden_size"], text["hidden_size"]), 2, 0.2)
     tensors = dict(language_model.state_dict())
     tensors |= {f"model.mm_projector.{name}": tensor for name, tensor in projector.state_dict().items()}
     if tower is None:
