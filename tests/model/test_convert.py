@@ -25,10 +25,12 @@ from transformers import (
 )
 
 from huatuo_vision.model import conversion
+from huatuo_vision.model import processor as processor_module
 from huatuo_vision.model.conversion import convert
 from huatuo_vision.model.folder import PROCESSOR_FILES, load_model, tensor_shapes
 from huatuo_vision.model.official import RELEASES, TRIALS, fit_template
 from huatuo_vision.schema import UserError
+from tests.environments import python_with
 from tests.model.official import (
     PATCHES,
     TOWER,
@@ -458,3 +460,70 @@ def test_memory_is_about_one_shard(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) < 1.4 * largest
+
+
+SENTENCEPIECE = """
+import json, sys
+from pathlib import Path
+import sentencepiece
+from transformers import AutoProcessor
+from huatuo_vision.model.conversion import convert
+from tests.model.official import TEXT, WORDS, write_checkpoint, write_tower
+
+root, legacy = Path(sys.argv[1]), sys.argv[2] == "legacy"
+write_tower(root / "clip", seed=7)
+source = write_checkpoint(root / "official", "llava_llama", tower=root / "clip")
+(source / "tokenizer.json").unlink()
+sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(WORDS), model_prefix=str(source / "tokenizer"), model_type="bpe", vocab_size=419,
+    byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
+    character_coverage=1.0, remove_extra_whitespaces=False,
+)
+spm = sentencepiece.SentencePieceProcessor(str(source / "tokenizer.model"))
+config = json.loads((source / "config.json").read_text())
+path = source / "tokenizer_config.json"
+path.write_text(json.dumps(json.loads(path.read_text()) | {"legacy": legacy}))
+from safetensors.torch import load_file, save_file
+for file in source.glob("*.safetensors"):
+    tensors = load_file(file)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name][: len(spm)].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+(source / "config.json").write_text(json.dumps(config | {"vocab_size": len(spm)}))
+convert(str(source), root / "out")
+processor = AutoProcessor.from_pretrained(root / "out")
+messages = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which organ? 3"}]},
+    {"role": "assistant", "content": "The left kidney."},
+    {"role": "user", "content": "Is it shown?"},
+]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+system = prompt.split("USER: ")[0].removeprefix("<s>").strip() + " "
+# The slow tokenizer: SentencePiece on what stands between special tokens, its blank after </s> in legacy mode alone.
+after = " The left kidney.</s>"
+ids = [1, *spm.encode(system + "USER: "), "<image>", *spm.encode("\\nWhich organ? 3 ASSISTANT: The left kidney."), 2]
+last = "USER: Is it shown? ASSISTANT:"
+ids += spm.encode(last) if legacy else spm.encode("\\n" + last)[len(spm.encode("\\n")):]
+image = processor.tokenizer.convert_tokens_to_ids("<image>")
+ours = processor.tokenizer(prompt, add_special_tokens=False).input_ids
+print(json.dumps([ours, [image if token == "<image>" else token for token in ids]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("legacy", ["legacy", "first"])
+def test_a_sentencepiece_model_gives_the_slow_tokenizers_ids(tmp_path: Path, legacy: str) -> None:
+    """LLaVA-1.5 was published with tokenizer.model alone."""
+    python = python_with("sentencepiece", ("sentencepiece==0.2.3",))
+    run = subprocess.run([python, "-c", SENTENCEPIECE, str(tmp_path), legacy], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    ours, slow = json.loads(run.stdout.splitlines()[-1])
+    assert ours == slow
+    assert "8 of 8 trial conversations" in run.stdout
+
+
+def test_a_sentencepiece_model_without_its_package(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor_module, "is_sentencepiece_available", lambda: False)
+    (source / "tokenizer.json").rename(source / "tokenizer.model")
+    refused(source, "SentencePiece model .* pip install sentencepiece")
