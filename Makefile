@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(LAUNCH) train.py --recipe recipes/phantom.yaml
 	$(LAUNCH) eval.py --model runs/phantom/final --benchmarks phantom --out runs/phantom/eval/sighted
 	$(LAUNCH) eval.py --model runs/phantom/final --benchmarks phantom --out runs/phantom/eval/blind --blind
-	$(BIN)/python eval.py --compare runs/phantom/eval/sighted runs/phantom/eval/blind --out runs/phantom/eval/report --require-accuracy 0.85 --require-gain 0.40
+	$(BIN)/python eval.py --compare runs/phantom/eval/sighted runs/phantom/eval/blind --out runs/phantom/eval/report --require-accuracy 0.90 --require-gain 0.40
 
 test: .venv/installed
 	$(PYTEST) -n 2 -m "not slow and not gpu"

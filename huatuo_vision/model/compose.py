@@ -46,6 +46,7 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from huatuo_vision.model.folder import check_loaded, module_name, replacing, save_model_folder, write_config
 from huatuo_vision.model.processor import (
@@ -107,6 +108,9 @@ def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None
     family = _ENCODERS[vision_config.model_type]
     _check_features(spec, vision_config)
     image_processor = _image_processor(spec.vision_encoder, vision_config)
+    chat_template = (CHAT_TEMPLATES / f"{spec.chat_template}.jinja").read_text(encoding="utf-8")
+    if texts is not None:
+        texts = _with_role_markers(texts, chat_template)
 
     # An embedding that is still to be made gets the rows that the tokenizer needs, unless the recipe says how many.
     decided = spec.language_model.config is None or "vocab_size" in spec.language_model.config
@@ -144,7 +148,7 @@ def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None
         patch_size=vision_config.patch_size,
         num_additional_image_tokens=family.class_tokens,
         vision_feature_select_strategy=spec.feature_strategy,
-        chat_template=(CHAT_TEMPLATES / f"{spec.chat_template}.jinja").read_text(encoding="utf-8"),
+        chat_template=chat_template,
     )
     with replacing(folder) as new:
         write_config(new, config)
@@ -341,6 +345,15 @@ def _tokenizer(
             f"ids with {IMAGE_PLACEHOLDER}; leave vocab_size out"
         )
     return finished_tokenizer(backend, named, max_length)
+
+
+def _with_role_markers(texts: Iterator[str], template: str) -> Iterator[str]:
+    """The texts, and beside each what the template writes around a turn: markers in plain text become few tokens."""
+    turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    (markers,), _ = render_jinja_template(conversations=[turn], chat_template=template, eos_token="", bos_token="")
+    for text in texts:
+        yield text
+        yield markers
 
 
 def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:

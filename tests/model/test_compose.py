@@ -213,6 +213,13 @@ def test_a_trained_tokenizer_keeps_to_its_size_and_is_the_same_every_time(tmp_pa
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_trained_tokenizer_knows_the_role_markers(tmp_path: Path) -> None:
+    compose_processor(model_spec(vocab_size=330), tmp_path / "out", iter(TEXTS))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.tokenize("<|user|>") == ["<|", "user", "|>"]
+    assert tokenizer.tokenize("<|assistant|>") == ["<|", "assistant", "|>"]
+
+
 def test_a_config_may_come_with_an_existing_tokenizer(tmp_path: Path) -> None:
     ids = write_tokenizer(tmp_path / "tokenizer")
     language = {"config": language_config("llama"), "tokenizer": {"path": str(tmp_path / "tokenizer")}}
