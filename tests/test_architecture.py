@@ -20,7 +20,10 @@ ALLOWED = {
     "inputs": LEAVES,  # knows nothing of models: a data set can be prepared without one
     "model": LEAVES,  # knows nothing of data
     "training": LEAVES | {"inputs", "model"},
-    "evaluation": LEAVES | {"inputs", "model"},  # training and evaluation do not know each other
+    "inference": LEAVES | {"inputs", "model"},
+    "conversation": LEAVES | {"inputs", "model", "inference"},  # measures nothing
+    "chat": LEAVES | {"model", "conversation"},
+    "evaluation": LEAVES | {"inputs", "model", "inference"},  # training and evaluation do not know each other
     "hub": LEAVES,  # called by the entry scripts only
 }
 TORCH_FREE = (
@@ -48,6 +51,7 @@ TORCH_FREE = (
     "schema.py",
     "launch.py",
     "cli.py",
+    "chat.py",
     "phantom.py",
 )
 
