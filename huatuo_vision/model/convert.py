@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from huatuo_vision.cli import run_command
@@ -35,16 +36,28 @@ def main() -> None:
     arguments = parser.parse_args()
     from huatuo_vision.model.conversion import convert
 
+    stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopped.set()
+        sys.exit(143)
+
     # Without this a stopped conversion would leave its half-written folder behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    convert(
-        arguments.source,
-        arguments.out,
-        revision=arguments.revision,
-        prompt=arguments.prompt,
-        vision_tower=arguments.vision_tower,
-        vision_tower_revision=arguments.vision_tower_revision,
-    )
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        convert(
+            arguments.source,
+            arguments.out,
+            revision=arguments.revision,
+            prompt=arguments.prompt,
+            vision_tower=arguments.vision_tower,
+            vision_tower_revision=arguments.vision_tower_revision,
+        )
+    except ValueError:
+        # What is raised while safetensors reads comes out as an error of its own.
+        if not stopped.is_set():
+            raise
+        sys.exit(143)
 
 
 if __name__ == "__main__":

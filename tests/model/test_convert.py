@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -448,11 +449,17 @@ print(peak() - before)
 """
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half a gigabyte in five shards."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_key_value_heads": 4}
+    return write_checkpoint(tmp_path_factory.mktemp("large") / "official", shards=5, sizes=sizes)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of the peak")
-def test_memory_is_about_one_shard(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_key_value_heads": 4}
-    source = write_checkpoint(tmp_path / "official", shards=5, sizes=sizes)
+def test_memory_is_about_one_shard(large: Path, tmp_path: Path) -> None:
+    source = large
     largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
     assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > 4 * largest > 400e6
     run = subprocess.run(
@@ -460,6 +467,29 @@ def test_memory_is_about_one_shard(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) < 1.4 * largest
+
+
+@pytest.mark.slow
+def test_a_stopped_command_leaves_nothing(large: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "huatuo_vision.model.convert",
+        "--source",
+        str(large),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".o.*/model-00001*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        said = process.stderr.read()
+    assert process.returncode == 143
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
 
 
 SENTENCEPIECE = """
