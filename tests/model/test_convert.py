@@ -25,13 +25,16 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from huatuo_vision.cli import run_command
 from huatuo_vision.model import conversion
+from huatuo_vision.model import convert as command
 from huatuo_vision.model import processor as processor_module
 from huatuo_vision.model.conversion import convert
 from huatuo_vision.model.folder import PROCESSOR_FILES, load_model, tensor_shapes
 from huatuo_vision.model.official import RELEASES, TRIALS, fit_template
 from huatuo_vision.schema import UserError
 from tests.environments import python_with
+from tests.fake_hub import Blob, FakeHub, Repo
 from tests.model.official import (
     PATCHES,
     TOWER,
@@ -413,14 +416,44 @@ def test_a_failure_half_way_leaves_nothing(source: Path, monkeypatch: pytest.Mon
     assert [path.name for path in source.parent.iterdir()] == ["official"]
 
 
-def test_the_command(source: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "huatuo_vision.model.convert", "--source", str(source), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
+def test_the_command(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     out = source.parent / "out"
-    done = run("--out", str(out))
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["convert", "--source", str(source), "--out", str(out), "--prompt", "huatuo"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(command.main)
+    assert ended.value.code == 0
+    assert f"written to {out}" in capsys.readouterr().out.replace("\n", "")
+    with pytest.raises(SystemExit) as ended:
+        run_command(command.main)
+    assert ended.value.code == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_on_a_hub_id(source: Path, tmp_path: Path) -> None:
+    """Its main branch has pickles alone, as LLaVA-1.5's; the conversion that the Hub made is another revision."""
+    files = {path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    blobs = {name: Blob(content, large=name.endswith(".safetensors")) for name, content in files.items()}
+    settings = {name: blob for name, blob in blobs.items() if not blob.large and "index" not in name}
+    pickle = {"pytorch_model.bin": Blob(b"pickle", large=True)}
+    out = tmp_path / "out"
+
+    def run(hub: FakeHub, *arguments: str) -> subprocess.CompletedProcess:
+        program = [sys.executable, "-m", "huatuo_vision.model.convert", "--source", "org/official", "--out", str(out)]
+        environment = hub.environment(tmp_path / "home")
+        return subprocess.run([*program, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+    with FakeHub() as hub:
+        repo = hub.repos["models", "org/official"] = Repo("org/official", private=False)
+        repo.add_commit("main", "official", settings | pickle)
+        converted = repo.add_commit("refs/pr/1", "safetensors", blobs | pickle)
+        main, pull_request = run(hub), run(hub, "--revision", "refs/pr/1")
+        assert not hub.sent(path="pytorch_model.bin")
+    assert (main.returncode, main.stdout) == (2, "")
+    assert "holds no safetensors; pickled weights are never opened" in main.stderr
+    assert "Traceback" not in main.stderr
+    assert pull_request.returncode == 0, pull_request.stderr
     for words in (
         "HuatuoGPT-Vision: 86 tensors in 3 files",
         "vision tower: weights from the shards",
@@ -428,10 +461,14 @@ def test_the_command(source: Path) -> None:
         f"the official token ids in {len(TRIALS)} of {len(TRIALS)} trial conversations",
         f"written to {out}",
     ):
-        assert words in done.stdout
-    again = run("--out", str(out))
-    assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr.startswith(f"error: {out} already exists") and "Traceback" not in again.stderr
+        assert words in pull_request.stdout
+    record = json.loads((out / "conversion.json").read_text())
+    assert (record["source"], record["revision"]) == ("org/official", converted.id)
+
+
+def test_an_existing_folder_is_left_alone(source: Path) -> None:
+    (source.parent / "out").mkdir()
+    refused(source, "out already exists; remove it or give another --out")
 
 
 PEAK = """
@@ -471,7 +508,7 @@ def test_memory_is_about_one_shard(large: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_command_leaves_nothing(large: Path, tmp_path: Path) -> None:
-    command = [
+    program = [
         sys.executable,
         "-m",
         "huatuo_vision.model.convert",
@@ -480,7 +517,7 @@ def test_a_stopped_command_leaves_nothing(large: Path, tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "o"),
     ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".o.*/model-00001*")):
             assert process.poll() is None and time.monotonic() < deadline
