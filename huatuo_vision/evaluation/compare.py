@@ -30,7 +30,7 @@ Comparison = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
+class Result:
     """An evaluation folder. Rotated rows are left out: they repeat others."""
 
     folder: Path
@@ -51,7 +51,7 @@ class _Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Paired:
+class Paired:
     """Graded rows that both have."""
 
     rows: Sequence[
@@ -72,8 +72,38 @@ def compare(a: Path, b: Path) -> Comparison:
         UserError where a file is missing or broken, where a is the blind one, where both the model and the blindness
         differ, and where the two have no benchmark in common or differ in protocol, rows, options or gold answers.
     """
+    results, paired = pair(a, b)
+    entries = {name: _entry(rows) | {"groups": _groups(rows)} for name, rows in paired.items()}
+    corrected = statistics.holm([entry["p"] for entry in entries.values()])
+    for (name, entry), p in zip(entries.items(), corrected, strict=True):
+        entry["p_holm"] = p
+        scored = [result.scores["benchmarks"][name] for result in results]
+        entry |= {key: scored[0].get(key) for key in ("macro_over", "note")}
+        reasons = dict.fromkeys(filter(None, (one.get("why_not_comparable") for one in scored)))
+        entry["why_not_comparable"] = " ".join(reasons) or None
+    pooled = Paired(
+        [row for rows in paired.values() for row in rows.rows],
+        [verdict for rows in paired.values() for verdict in rows.a],
+        [verdict for rows in paired.values() for verdict in rows.b],
+    )
+    everything = {name: None for result in results for name in result.scores["benchmarks"]}
+    return {
+        "schema": 1,
+        "a": results[0].heading,
+        "b": results[1].heading,
+        "kind": _kind(*results),
+        "benchmarks": entries,
+        "not_compared": [name for name in everything if name not in entries],
+        # One test of its own: no family to correct for.
+        "pooled": _entry(pooled) | {"p_holm": None},
+        "flips": [flip for rows in paired.values() for flip in _flips(rows)],
+    }
+
+
+def pair(a: Path, b: Path) -> tuple[tuple[Result, Result], dict[str, Paired]]:
+    """Two evaluation folders and, by benchmark, the graded rows that both have. Raises UserError as `compare` does."""
     results = _read(a), _read(b)
-    kind = _kind(*results)
+    _kind(*results)
     names = [name for name in results[0].scores["benchmarks"] if name in results[1].scores["benchmarks"]]
     if not names:
         said = [", ".join(result.scores["benchmarks"]) or "none" for result in results]
@@ -84,34 +114,10 @@ def compare(a: Path, b: Path) -> Comparison:
     paired = {name: rows for name, rows in paired.items() if rows.rows}
     if not paired:
         raise UserError(f"{a} and {b} have no graded row in common; their benchmarks hide the answers")
-    entries = {name: _entry(rows) | {"groups": _groups(rows)} for name, rows in paired.items()}
-    corrected = statistics.holm([entry["p"] for entry in entries.values()])
-    for (name, entry), p in zip(entries.items(), corrected, strict=True):
-        entry["p_holm"] = p
-        scored = [result.scores["benchmarks"][name] for result in results]
-        entry |= {key: scored[0].get(key) for key in ("macro_over", "note")}
-        reasons = dict.fromkeys(filter(None, (one.get("why_not_comparable") for one in scored)))
-        entry["why_not_comparable"] = " ".join(reasons) or None
-    pooled = _Paired(
-        [row for rows in paired.values() for row in rows.rows],
-        [verdict for rows in paired.values() for verdict in rows.a],
-        [verdict for rows in paired.values() for verdict in rows.b],
-    )
-    everything = {name: None for result in results for name in result.scores["benchmarks"]}
-    return {
-        "schema": 1,
-        "a": results[0].heading,
-        "b": results[1].heading,
-        "kind": kind,
-        "benchmarks": entries,
-        "not_compared": [name for name in everything if name not in entries],
-        # One test of its own: no family to correct for.
-        "pooled": _entry(pooled) | {"p_holm": None},
-        "flips": [flip for rows in paired.values() for flip in _flips(rows)],
-    }
+    return results, paired
 
 
-def _read(folder: Path) -> _Result:
+def _read(folder: Path) -> Result:
     for name in (SCORES_FILE, RESPONSES_FILE, VERDICTS_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}; eval.py --out {folder} writes it when it is done")
@@ -127,7 +133,7 @@ def _read(folder: Path) -> _Result:
                 f"{folder / VERDICTS_FILE} has no verdict on {len(missing)} answers, first {name} row {missing[0]!r}; "
                 f"score {folder} again"
             )
-    return _Result(folder, scores, rows, verdicts)
+    return Result(folder, scores, rows, verdicts)
 
 
 def _read_scores(path: Path) -> Mapping[str, Any]:
@@ -155,7 +161,7 @@ def _read_verdicts(path: Path) -> dict[tuple[str, str], str]:
     return verdicts
 
 
-def _kind(a: _Result, b: _Result) -> str:
+def _kind(a: Result, b: Result) -> str:
     blind_a, blind_b = bool(a.scores.get("blind")), bool(b.scores.get("blind"))
     if blind_a == blind_b:
         return "models"
@@ -169,7 +175,7 @@ def _kind(a: _Result, b: _Result) -> str:
     return "blind"
 
 
-def _require_same_protocol(name: str, a: _Result, b: _Result) -> None:
+def _require_same_protocol(name: str, a: Result, b: Result) -> None:
     hashes = [result.scores["benchmarks"][name]["protocol_hash"] for result in (a, b)]
     if hashes[0] != hashes[1]:
         protocols = [result.scores["protocol"]["name"] for result in (a, b)]
@@ -184,7 +190,7 @@ def _require_same_protocol(name: str, a: _Result, b: _Result) -> None:
         )
 
 
-def _pair(name: str, a: _Result, b: _Result) -> _Paired:
+def _pair(name: str, a: Result, b: Result) -> Paired:
     """The graded rows of one benchmark that both have, in a's order."""
     rows_a, rows_b = a.rows.get(name, {}), b.rows.get(name, {})
     limited = any(result.scores.get("limit") is not None for result in (a, b))
@@ -204,14 +210,14 @@ def _pair(name: str, a: _Result, b: _Result) -> _Paired:
                     "evaluate both on the same data"
                 )
     graded = [row_id for row_id in common if a.verdicts[name, row_id] != "ungraded"]
-    return _Paired(
+    return Paired(
         [rows_a[row_id] for row_id in graded],
         [a.verdicts[name, row_id] for row_id in graded],
         [b.verdicts[name, row_id] for row_id in graded],
     )
 
 
-def _entry(paired: _Paired) -> dict[str, Any]:
+def _entry(paired: Paired) -> dict[str, Any]:
     """Everything of one comparison but its groups and the correction for many."""
     n, cluster = len(paired.rows), statistics.clusters(paired.rows)
     a, b = paired.right
@@ -236,7 +242,7 @@ def _rate(right: Sequence[bool], cluster: statistics.Integers) -> dict[str, Any]
     return {"accuracy": sum(right) / len(right), "ci95": list(statistics.rate_interval(right, cluster)[0])}
 
 
-def _groups(paired: _Paired) -> dict[str, dict[str, dict[str, Any]]]:
+def _groups(paired: Paired) -> dict[str, dict[str, dict[str, Any]]]:
     a, b = paired.right
     return {
         group: {value: _difference([a[i] for i in own], [b[i] for i in own]) for value, own in values.items()}
@@ -249,7 +255,7 @@ def _difference(a: Sequence[bool], b: Sequence[bool]) -> dict[str, Any]:
     return {"n": n, "a": sum(a) / n, "b": sum(b) / n, "difference": (sum(a) - sum(b)) / n}
 
 
-def _flips(paired: _Paired) -> list[dict[str, str]]:
+def _flips(paired: Paired) -> list[dict[str, str]]:
     """The rows that just one of the two has right."""
     return [
         {"benchmark": row["benchmark"], "id": row["id"], "a": a, "b": b}
