@@ -93,12 +93,14 @@ def answer(question: Question) -> list[Row] | None:
 
 def _answer_by_transformers(question: Question) -> list[Row] | None:
     from huatuo_vision.evaluation import generate, likelihood
+    from huatuo_vision.inference import precision_on
     from huatuo_vision.launch import start_processes
+    from huatuo_vision.model.folder import find_model
 
     # At the last barrier the slowest process may be hours behind; a backend's own limit is minutes.
     world = start_processes(timeout=timedelta(days=7))
     with world.main_process_first():
-        folder = generate.find_model(question.model)
+        folder = find_model(question.model)
         loaded = _load(question)
     rows = _rows(question, loaded)
     if question.scoring == "likelihood":
@@ -107,7 +109,7 @@ def _answer_by_transformers(question: Question) -> list[Row] | None:
         question,
         loaded,
         weights=generate.weights_fingerprint(folder),
-        precision=str(generate.precision_on(world.device)).removeprefix("torch."),
+        precision=str(precision_on(world.device)).removeprefix("torch."),
     )
     if world.is_main_process:
         responses.claim_folder(question.out, header)
