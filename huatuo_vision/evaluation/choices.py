@@ -120,6 +120,17 @@ class Choices:
         return _mentions(words, self.texts) or _mentions(words, self.without_article)
 
 
+    def may_mean_longer(self, mention: Mention, words: Words, mentions: Sequence[Mention]) -> bool:
+        """Whether a longer option's words surround a shorter one's text: "upper lobe of the left lung"."""
+        own = self.texts[mention.letter].words
+        elsewhere = {other.letter for other in mentions}
+        said = set(words.sentence_at(mention.start))
+        return any(
+            letter not in elsewhere and len(text.words) > len(own) and set(own) < set(text.words) <= said
+            for letter, text in self.texts.items()
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Mention:
     """An option's text in a reply: its first word, and the one after its last."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from huatuo_vision.evaluation.choices import Choices, choices_of, denied, stands_apart
-from huatuo_vision.evaluation.words import BREAKS, CJK, STOPS, Words, any_of, clean, refuses
+from huatuo_vision.evaluation.words import BREAKS, CJK, KANA_HANGUL, STOPS, Words, any_of, clean, refuses
 
 # What a statement names: letters, or None for an option that does not exist.
 Claims = set[str | None]
@@ -68,8 +68,9 @@ _BARE = r"(?<![A-Za-z0-9'-])(?P<bare>[A-Za-z])(?![A-Za-z0-9]|'\w|-\w)"
 _ANY_LETTER = rf"(?:{_WRAPPED}|{_BARE})"
 # A bare letter is a choice where its clause ends behind it: no article before a noun, no pronoun, no "B cell".
 _CLAUSE_ENDS = (
-    rf"(?=[ \t]*\n|\s*(?:$|[.,;:!?)\]}}\"'。/&+、|]|-\s|[–—]|[{CJK}]"
-    r"|\b(?:because|since|as|due|which|based|given|for|with|from|or|and|in|on|not|rather|instead|is|was|but)\b))"
+    rf"(?=[ \t]*\n|\s*(?:$|[.,;:!?)\]}}\"'。/&+、|]|-\s|[–—]|[{CJK}{KANA_HANGUL}]"
+    r"|\b(?:because|since|as|due|which|based|given|for|with|from|or|and|in|on|not|rather|instead|over|is|was|but)\b"
+    r"|\bto\s+(?:option\s+)?[A-Z]\b))"
 )
 _CHOSEN_LETTER = re.compile(rf"(?:{_WRAPPED}|{_BARE}{_CLAUSE_ENDS})")
 _JOINED = any_of("[,/&+、|]", r"\bor\b", r"\band\b", r"\bas well as\b", "或者?", "和", "与", "及", "还是")
@@ -82,6 +83,7 @@ _LETTER_BEFORE = re.compile(rf"{_ANY_LETTER}\s*(?:,|/|\band\b|\bor\b|和|与|、
 _NAME_GOES_ON = re.compile(
     r"\.\s*(?!(?:because|since|as|the|an?|this|it|its|there|these|in|on|based|due|given|which|that|for|and|or|not|is|are"
     r"|if|while|with|from|no|yes|i|we|you|so|but)\b)[a-z]{2,}"
+    r"|\.\s*[A-Z]\.\s+[a-z]"  # initials
 )
 # "vitamin B", "figure (A)": these letters are names.
 _NAMED_BY_LETTER = re.compile(
@@ -134,7 +136,10 @@ _AUXILIARY = any_of(
     *("is", "are", "was", "were", "seems?", "looks?", "appears?", "can", "could", "would", "should", "may", "might"),
     *("must", "do", "does", "did", "has", "have", "been", "be", "to"),
 )
+# "A, C and D are wrong" rejects all of them, "B, A is wrong" only the last.
+_ONE_ALONE = r",\s*[(\[]?[A-Z][)\]]?\s*(?:选项|项)?\s*(?:(?:is|was|does|seems|looks|appears|has)(?:n't)?\b|[是不错被可并])"
 _REJECTED_AFTER = re.compile(
+    rf"(?!{_ONE_ALONE})"
     r"[)\]\"'.]*\s*(?:(?:,|/|\band|\bor|、|和)\s*(?:and\s+)?[(\[]?[A-Z][)\]]?\s*)*(?:选项|项)?\s*"
     + any_of(
         rf"{_AUXILIARY}\s+(?:(?:both|all|also|very|clearly|definitely|therefore|an?|the|most|likely|{_AUXILIARY})\s+)*"
@@ -183,7 +188,7 @@ _ONLY_LETTER = re.compile(
     rf"(?:{_CLOSE}|[\s.:,;!?。、])*",
     re.IGNORECASE,
 )
-_ONLY_LETTERS = re.compile(r"[\W_]*[A-Za-z](?:(?:[\W_]|\band\b|\bor\b)+[A-Za-z])+[\W_]*")
+_ONLY_LETTERS = re.compile(r"(?s:(?!.*[✓✔✅☑✗✘❌❎✖]))[\W_]*[A-Za-z](?:(?:[\W_]|\band\b|\bor\b)+[A-Za-z])+[\W_]*")
 
 
 def _whole(text: str, choices: Choices) -> Claims:
@@ -192,6 +197,8 @@ def _whole(text: str, choices: Choices) -> Claims:
     if only and choices.claim(only["letter"]):
         return {choices.claim(only["letter"])}
     words = Words.of(text).words
+    if choices.yes_no and (answer := _ALONE.get(" ".join(words))):
+        return {choices.yes_no[answer]}
     for texts in (choices.texts, choices.without_article):
         if same := {letter for letter, option in texts.items() if words and option.words == words}:
             return set(same)
@@ -211,19 +218,28 @@ def _whole(text: str, choices: Choices) -> Claims:
 
 # A lost escape leaves a backspace of "\b".
 _BOXED = re.compile(r"(?:(?:\\|\x08)?b?oxed|\\fbox)\s*\{([^{}]*)\}")
-_TAGGED = re.compile(r"<(answer|final_answer|final|choice|option)>((?:(?!</?\1>).)*)", re.DOTALL | re.IGNORECASE)
+_TAGGED = re.compile(
+    any_of(
+        *(
+            rf"[<\[]{tag}[>\]]((?:(?![<\[]/?{tag}[>\]]).)*)"
+            for tag in ("answer", "final_answer", "final", "choice", "option")
+        )
+    ),
+    re.DOTALL | re.IGNORECASE,
+)
 _FIELD = re.compile(
     r"[\"'](?:(?:final|correct|my|the|selected|predicted)[_ ]?)?"
     r"(?:answer|choice|option|letter|selection|prediction|label)[\"']\s*:\s*"
-    r"(?:\"([^\"]*)\"|'([^']*)'|\[([^\]]*)\]|([^\s,}\]]+))",
+    r"(?:\"([^\"]*)\"|'([^']*)'|\[([^\]]*)\]|\{([^{}]*)\}|([^\s,}\]]+))",
     re.IGNORECASE,
 )
 
 
 def enclosed(text: str) -> list[str]:
     """What stands in boxes, answer tags, or the answer fields of JSON: of the first kind that is there."""
-    contents = [match[1] for match in _BOXED.finditer(text)] or [match[2] for match in _TAGGED.finditer(text)]
-    return contents or [next(filter(None, match.groups()), "") for match in _FIELD.finditer(text)]
+    found = next(filter(None, (list(kind.finditer(text)) for kind in (_BOXED, _TAGGED, _FIELD))), [])
+    final = [match for match in found if _IS_FINAL.search(_sentence_before(text, match.start()))]
+    return [next(filter(None, match.groups()), "") for match in (final or found)]
 
 
 def _enclosed(text: str, choices: Choices) -> Claims:
@@ -262,6 +278,7 @@ _ANSWER = re.compile(
     + r"\b(?:\s+(?:to|for|of|here|among|from|in|based|given|that|choice|option|letter)\b[^.:\n]{0,100}?)?"
     + r"[\s\"')]*(?:,[^.,:\n]{1,60},\s*)?"
     + any_of(rf"{_BE}\b\s*:?", ":", "=+>?", r"-+>?\s", "→", r"\.(?=\s*[A-Z]\b)")
+    + r"|(?:respuesta|réponse|antwort|resposta)\b[^.:\n]{0,30}?\s(?:es|est|ist|é)\s+|(?:答え|正解)は\s*|정답은\s*"
     + r"|(?:答案|正确的?选项|正確的?選項|正确的?选择|最佳选项)(?:应该?|应当|應該?|可能|就)?"
     + r"(?:是|为|為|选择?|選擇?|:|[】\])]?(?=\s*[(\[「]?[A-Z](?![A-Za-z])))",
     re.IGNORECASE,
@@ -289,9 +306,14 @@ _CHOOSING = re.compile(
             "instead",
             "definitely",
             "probably",
+            "possibly",
+            "perhaps",
+            "maybe",
+            "likely",
             "clearly",
             "obviously",
         ),
+        *(r"(?:looks?|seems?)\s+like", r"in\s+favou?r\s+of"),
         rf"answer(?=\s+{_ONE_LETTER_AHEAD})",
     )
     + r"\b(?!\s+(?:than|of)\b)[\s,:]*"
@@ -300,6 +322,7 @@ _CHOOSING = re.compile(
     + r"|(?<![不并可否还])(?:是|为|為)(?=\s*[(\"'「【]?[A-Z])",
     re.IGNORECASE,
 )
+_CONTRASTS = re.compile(r"but\b|rather\b|instead\b", re.IGNORECASE)
 _CONCLUSION = any_of(
     r"\b(?:so|therefore|thus|hence|consequently|accordingly|finally|in\s+(?:conclusion|summary|short)|overall)\b",
     *("因此", "所以", "故", "综上(?:所述)?", "最终"),
@@ -315,11 +338,28 @@ _IS_RIGHT = re.compile(
     + any_of(
         rf"(?:{_BE}|remains|seems|appears|looks|fits|matches)\s+"
         r"(?:(?:the|to|be|clearly|definitely|most|more|only|likely|probably|indeed|therefore|thus|single|one|our|my)\s+)*"
-        r"(?:correct|right|best|accurate|appropriate|true|answer|choice|option|suitable)\b",
+        r"(?:correct|right|best|better|accurate|appropriate|true|answer|choice|option|suitable|(?<=more )likely)\b",
         r"is\s*(?:\.\s|\.?$)",
         r"[:-]\s*(?:correct|right|true)\b",
-        "(?:选?项)?(?:是|为|為)?(?:最)?(?:正确|正確|对的|合适|合適)",
+        "(?:选?项)?(?:是|为|為)?(?:最)?(?:正确|正確|对(?![于比应称照])|符合|合适|合適)",
     ),
+    re.IGNORECASE,
+)
+# "Only B fits", "everything except B is wrong".
+_SINGLED_OUT = re.compile(
+    any_of(
+        r"\bonly\s+",
+        r"\b(?:everything|anything|all|each)(?:\s+(?:of|the|other|options?|choices?|answers?))*\s+"
+        r"(?:except(?:\s+for)?|but|besides|other\s+than)\s+",
+    )
+    + rf"(?:the\s+)?(?:(?:options?|choices?|answers?)\s+)?{_ANY_LETTER}\s+"
+    + any_of(rf"(?:is|are|can\s+be|must\s+be)\s+(?:clearly\s+|definitely\s+)?{_FALSE}", "fits?", "match(?:es)?", "remains?"),
+    re.IGNORECASE,
+)
+# A verdict on each option: "A: no. B: yes.", "A) Pneumonia ✗".
+_ITEM = re.compile(rf"(?:^|[.;,\n])\s*(?:(?:option|choice)\s+)?{_ANY_LETTER}\s*[.:)\]-]?(?P<rest>[^.;\n]*)", re.IGNORECASE)
+_ITEM_VERDICT = re.compile(
+    r"[\s:–—|,(-]*(?:(?P<right>yes|correct|right|true|✓|✔|✅|☑)|no|not\b|wrong|incorrect|false|✗|✘|❌|❎|✖|×)",
     re.IGNORECASE,
 )
 _TAKEN_BACK = re.compile(
@@ -349,18 +389,42 @@ def _marked(text: str, choices: Choices) -> Claims:
     other |= labelled
     for marker in _CONCLUDING.finditer(text):
         final |= _letters_at(text, marker.end(), choices)
+    said_until = 0
     for marker in _CHOOSING.finditer(text):
-        if not _in_negated_clause(text, marker.start()):
-            other |= _letters_at(text, marker.end(), choices)
+        if _CONTRASTS.match(marker[0]) or not _in_negated_clause(text, marker.start()):
+            chosen = _letters_at(text, marker.end(), choices)
+            # "It is either A or B. I choose B."
+            decides = chosen and chosen < other and re.search(r"[.!?。\n]", text[said_until : marker.start()])
+            other = chosen if decides else other | chosen
+            said_until = marker.end() if chosen else said_until
     for match in _IS_RIGHT.finditer(text):
         belongs_to_text = choices.ends(text[: _start(match) + 1])  # "hepatitis C is correct"
-        if not belongs_to_text and not _in_negated_clause(text, match.start()):
+        if not belongs_to_text and not _in_negated_clause(text, match.start()) and not _is_hypothetical(text, match):
             other |= {choices.claim(_letter(match))} | _letter_before(text, match.start(), choices)
-    return final or other
+    other |= {choices.claim(_letter(match)) for match in _SINGLED_OUT.finditer(text)}
+    return final or other | _itemised(text, choices)
 
 
-def _sentence_before(text: str, position: int) -> str:
-    return re.split(r"[.!?。\n]", text[max(0, position - 40) : position])[-1]
+def _itemised(text: str, choices: Choices) -> Claims:
+    """The options called right by a reply that calls each of them right or wrong."""
+    verdicts: dict[str, bool] = {}
+    for item in _ITEM.finditer(text):
+        letter = choices.claim(_letter(item))
+        if letter is None or choices.yes_no:
+            continue
+        own = re.match(rf"\s*{re.escape(choices.cleaned[letter])}", item["rest"], re.IGNORECASE)
+        if verdict := _ITEM_VERDICT.match(item["rest"], own.end() if own else 0):
+            verdicts[letter] = verdict["right"] is not None
+    return {letter for letter, right in verdicts.items() if right} if len(verdicts) > 1 else set()
+
+
+def _is_hypothetical(text: str, match: re.Match[str]) -> bool:
+    """ "If it were sharp, A would be the answer"."""
+    return "would" in match[0] and re.search(r"\bif\b", _sentence_before(text, match.start(), 120), re.IGNORECASE) is not None
+
+
+def _sentence_before(text: str, position: int, reach: int = 40) -> str:
+    return re.split(r"[.!?。\n]", text[max(0, position - reach) : position])[-1]
 
 
 def _is_final(text: str, marker: re.Match[str]) -> bool:
@@ -462,6 +526,8 @@ _LEAD = re.compile(
 _LIST_ITEM = re.compile(
     r"(?:^|[.;\n])\s*(?:[(\[]?(?P<signed>[A-Z])(?:[)\]:]|\.(?!\s*[a-z]))|(?P<alone>[A-Z])\s*(?=\.(?!\s*[a-z])|\n|$))"
 )
+# A letter that is a paragraph of its own is an answer; what follows may explain the other options one by one.
+_EXPLAINED = re.compile(r"[(\[]?[A-Za-z][.:)\]]*[ \t]*\n\s*\n(?!(?s:.*)(?m:^)[ \t]*\(?[A-Z][.)]?[ \t]*(?m:$))")
 _LAST_LETTER = re.compile(
     rf"(?:^|[.!?。\n]\s*|\b(?:is|are|be)\b\s*:?\s*|[:=]\s*)(?:(?:option|choice)\s+)?{_ANY_LETTER}[\s.!。)]*$",
     re.IGNORECASE,
@@ -493,7 +559,10 @@ def _leading(text: str, choices: Choices) -> Claims:
     speaker = sign == ":" and refuses(rest.partition("\n")[0])  # "A: I do not know"
     if speaker or _rejected_after(after, letter, choices):
         return set()
-    claims: Claims = {choices.claim(letter)} | _list_items(rest, letter, choices)
+    claims: Claims = {choices.claim(letter)}
+    if _EXPLAINED.match(text):
+        return claims
+    claims |= _list_items(rest, letter, choices)
     if not choices.begins_with_text_of(letter, rest):
         claims |= _further(after, letter, choices)
     return claims
@@ -519,9 +588,9 @@ def _trailing(text: str, choices: Choices) -> Claims:
     line = text.rpartition("\n")[2].strip()
     lead = _LEAD.match(line)
     if lead and (lead["wrapped"] or lead["sign"]) and choices.begins_with_text_of(_letter(lead), line[lead.end() :]):
-        return {choices.claim(_letter(lead))} if line != text else set()
+        return set() if line == text or _EXPLAINED.match(text) else {choices.claim(_letter(lead))}
     last = next(iter(_LAST_LETTER.finditer(text)), None)
-    if not last or _rejected_before(text, _start(last)) or _in_negated_clause(text, last.start()):
+    if not last or _rejected_before(text, _start(last)) or _in_negated_clause(text, _start(last)):
         return set()
     if last["bare"] and (
         _NAMED_BY_LETTER.search(_before(text, _start(last))) or choices.ends(text[: _start(last) + 1])
@@ -562,6 +631,8 @@ def _texts_said(words: Words, choices: Choices) -> Claims:
     """The options whose text is said and not denied; where reasoning weighs several, those of its conclusion."""
     mentions = choices.mentions(words)
     asserted: Claims = {mention.letter for mention in mentions if not mention.denied}
+    if any(choices.may_mean_longer(mention, words, mentions) for mention in mentions if not mention.denied):
+        return {None}
     if asserted & {mention.letter for mention in mentions if mention.denied}:
         return {None}
     if len(asserted) > 1:
@@ -602,7 +673,13 @@ def _letters_said(text: str, choices: Choices) -> Claims:
 _CLAUSE_BEGINNERS = frozenset(
     "it there this that these those the i we they he she because since its theres yes".split()
 )
-_CJK_ANSWERS = {"不是": "no", "没有": "no", "是的": "yes", "是": "yes", "否": "no", "有": "yes"}
+_ANSWERS = {"yes": "yes", "yeah": "yes", "yep": "yes", "yup": "yes", "no": "no", "nope": "no"}
+# These are answers where they are the whole reply.
+_ALONE = {"true": "yes", "false": "no"} | _ANSWERS
+_CJK_ANSWERS = {
+    **dict.fromkeys(("不是", "没有", "不存在", "不对", "不正确", "否", "不", "无"), "no"),
+    **dict.fromkeys(("是的", "是", "有", "存在", "对", "正确"), "yes"),
+}
 _YES_OR_NO = re.compile(r"\b(?:yes (?:or|and) no|no (?:or|and) yes|是 or 否|否 or 是)\b")
 
 
@@ -635,8 +712,8 @@ def _yes_or_no_at(words: Words, position: int) -> str | None:
     word = words.words[position]
     if word in ("是", "否"):
         return _CJK_ANSWERS[word] if stands_apart(words, position) else None
-    if word == "yes":
-        return "yes"
+    if word in _ANSWERS and word != "no":
+        return _ANSWERS[word]
     following = words.words[position + 1] if position + 1 < len(words.words) else ""
     begins_clause = position == 0 or words.gaps[position] in BREAKS
     alone = words.gaps[position + 1] in BREAKS or following in _NO_NOUNS
