@@ -13,8 +13,9 @@ from functools import cache
 
 from sacrebleu.metrics import BLEU
 
-from huatuo_vision.evaluation.parsing import enclosed, said_yes_or_no
+from huatuo_vision.evaluation.phrases import enclosed
 from huatuo_vision.evaluation.words import CJK, NUMBER_WORDS, UNITS, clean, normal, refuses
+from huatuo_vision.evaluation.yes_no import said_yes_or_no
 
 # What is said before an answer.
 _MARKER = re.compile(
