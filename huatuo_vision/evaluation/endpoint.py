@@ -17,10 +17,8 @@ import io
 import ipaddress
 import os
 import time
-import zipfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -33,7 +31,7 @@ from huatuo_vision.evaluation.answers import progress_bar, response_of
 from huatuo_vision.evaluation.protocols import Protocol
 from huatuo_vision.evaluation.responses import append, finished
 from huatuo_vision.evaluation.rows import Row
-from huatuo_vision.inputs.images import load_image
+from huatuo_vision.inputs.images import load_image, read_encoded
 from huatuo_vision.schema import ImageRef, UserError, escape_placeholder
 
 RESPONSES_FILE = "responses.endpoint.jsonl"
@@ -112,27 +110,13 @@ def data_uri(ref: ImageRef, row_id: str) -> str:
     Endpoints can't be trusted with the rest: most refuse TIFF, and 16-bit radiographs come out white.
     """
     loaded = load_image(ref, row_id)
-    encoded = _stored_bytes(ref)
+    encoded = read_encoded(ref, row_id)
     kind = next((kind for start, kind in _SENT_AS_THEY_ARE.items() if encoded.startswith(start)), None)
     if kind is None or loaded.notes:
         png = io.BytesIO()
         loaded.image.save(png, format="PNG")
         kind, encoded = "image/png", png.getvalue()
     return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
-
-
-def _stored_bytes(ref: ImageRef) -> bytes:
-    """Of an image that `load_image` has read, so that it is there and no larger than allowed."""
-    if ref.data is not None:
-        return ref.data
-    if ref.path is not None:
-        return Path(ref.path).read_bytes()
-    return _archive(ref.archive).read(ref.member)
-
-
-@lru_cache(maxsize=64)
-def _archive(path: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
 
 
 @dataclass(frozen=True, slots=True)

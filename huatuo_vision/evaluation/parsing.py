@@ -80,8 +80,9 @@ def _whole(text: str, choices: Choices) -> Claims:
     words = Words.of(text).words
     if choices.yes_no and (answer := yes_no.ALONE.get(" ".join(words))):
         return {choices.yes_no[answer]}
+    same_words = (words, {("one",): ("1",), ("1",): ("one",)}.get(words))
     for texts in (choices.texts, choices.without_article):
-        if same := {letter for letter, option in texts.items() if words and option.words == words}:
+        if same := {letter for letter, option in texts.items() if words and option.words in same_words}:
             return set(same)
     if only:
         return {None}

@@ -257,6 +257,12 @@ def _write_submissions(out: Path, answers: Sequence[Mapping[str, Any]], verdicts
 def take_responses(file: Path, out: Path, protocol: Protocol) -> None:
     """Make `out` the evaluation folder of a responses file that came from anywhere; the file itself stays as it is."""
     answers = responses.read_responses(file)
+    if not answers:
+        raise UserError(f"{file} holds no answers, so there is nothing to score")
+    # Before they are taken, so that a mended file can be given with the same --out.
+    for answer in answers:
+        scorers.check(answer)
+        scores.check_extras(answer)
     beside = responses.read_header(file.parent) if (file.parent / responses.HEADER_FILE).exists() else None
     if beside and out.resolve() == file.parent.resolve():
         # Graded where they lie: the folder stays the evaluation that it is, and can be gone on with.

@@ -21,7 +21,7 @@ _SPECIAL_TOKENS = re.compile(
         r"</?s>",
         r"<(?:pad|unk|bos|eos|start_of_turn|end_of_turn)>",
         r"\[/?INST\]",
-        "[\u200b-\u200f\u2060\ufeff\u00ad]",  # zero-width signs and soft hyphens
+        "[\u200b-\u200f\u2060\ufeff\u00ad\ufffd\ud800-\udfff]",  # zero-width signs, soft hyphens, halves of signs
     )
 )
 # Behind the end of its turn a model talks to itself.
@@ -123,8 +123,6 @@ class Words:
             end = match.end()
         text += "\n"
         gaps.append(_gap(text, end, len(text)))
-        if words == ["one"]:  # elsewhere mostly a pronoun
-            words = ["1"]
         return cls(tuple(words), tuple(gaps))
 
     def first(self, count: int) -> Words:
@@ -144,7 +142,7 @@ def _casefolded(match: re.Match[str]) -> str:
 
 
 def _measured(word: str, before: str) -> str:
-    """ "3.50" -> "3.5", "three" -> "3", and behind a number "centimeters" -> "cm"."""
+    """ "3.50" -> "3.5", "three" -> "3", and behind a number "centimeters" -> "cm"; "one" is mostly a pronoun."""
     if re.fullmatch(r"[-+]?\d*\.\d+", word):
         return word.rstrip("0").rstrip(".") or "0"
     if re.fullmatch(r"[-+]?[\d.]+", before) and word in UNITS:
