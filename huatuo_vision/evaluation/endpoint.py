@@ -50,6 +50,11 @@ def identity(model: str, base_url: str) -> str:
     return f"{_host(base_url)}/{model}"
 
 
+def check_address(base_url: str) -> None:
+    """Raises UserError for a URL that is none, and where the endpoint behind it needs a key that is not set."""
+    _api_key(base_url)
+
+
 def answer(
     rows: Sequence[Row],
     protocol: Protocol,
@@ -209,9 +214,10 @@ async def _ask_all(
             except (openai.OpenAIError, NotAnAnswer) as error:
                 failed.append((item, error))
                 failed_in_a_row += 1
-                fatal = fatal or isinstance(
-                    error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
-                )
+                # Where no connection was ever had, the others would only wait for the same.
+                is_down = done == 0 and type(error) is openai.APIConnectionError
+                refused = openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
+                fatal = fatal or is_down or isinstance(error, refused)
             else:
                 done += 1
                 failed_in_a_row = 0
@@ -240,10 +246,10 @@ def _host(base_url: str) -> str:
 
 
 def _api_key(base_url: str) -> str:
+    host = _host(base_url)
     key = os.environ.get("OPENAI_API_KEY")
     if key:
         return key
-    host = _host(base_url)
     if not _is_local(urlsplit(base_url).hostname):
         raise UserError(f"the endpoint {host} wants a key; set the environment variable OPENAI_API_KEY")
     return "none"  # servers on one's own machines ask for none, but the client does

@@ -138,6 +138,7 @@ def _answer_by_transformers(question: Question) -> list[Row] | None:
 def _answer_by_endpoint(question: Question) -> list[Row]:
     from huatuo_vision.evaluation import endpoint
 
+    endpoint.check_address(question.base_url)  # before gigabytes of data are fetched
     loaded = _load(question)
     rows = _rows(question, loaded)
     header = _header(question, loaded, weights=None, precision=None)

@@ -164,6 +164,17 @@ def test_graded_where_they_lie_the_folder_stays_that_evaluation(command, model, 
     assert scores(tmp_path / "other")["backend"] is None
 
 
+def test_a_wrong_address_is_said_before_any_data_are_read(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_load", lambda question: pytest.fail("read the data first"))
+    with pytest.raises(UserError, match="--base-url is no address"):
+        command("--model", "m", "--out", tmp_path / "out", *ask("--backend", "openai", "--base-url", "localhost"))
+
+
+def test_a_file_that_does_not_say_how_it_was_made_is_not_said_to_have_shown_images(command, tmp_path):
+    assert command("--responses", write(tmp_path / "answers.jsonl", [row(1, "B")]), "--out", tmp_path / "out") == 0
+    assert "- images: not known\n- answers: not known\n" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_the_self_test_passes_and_says_so(command, capsys):
     assert command("--self-test") == 0
     assert "default" in capsys.readouterr().out
