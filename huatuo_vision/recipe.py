@@ -26,7 +26,9 @@ from pydantic import (
     PlainSerializer,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -36,10 +38,17 @@ from huatuo_vision.schema import UserError
 PHASE_NAMES = ("text", "align", "instruct", "anneal")
 # Names become folders and file names.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+PUBMEDVISION_CONFIGS = ("alignment", "instruction", "captions", "chinese")
+# The phantoms' pictures as four data-construction methods describe them (data/phantom/descriptions.py).
+PHANTOM_DESCRIPTIONS = ("native_caption", "llm_reformatted", "mllm_distill", "mllm_reformatted")
+PHANTOM_CONFIGS = ("alignment", "instruction", *PHANTOM_DESCRIPTIONS)
 PARTS = ("vision_encoder", "projector", "language_model")
 
 # Keys that do not change what is learnt: they may differ between a run and its continuation.
-OPERATIONAL_KEYS = frozenset({"name", "base", "ablates", "reproduces", "hub", "report_to", "workers"})
+OPERATIONAL_KEYS = frozenset({"name", "base", "ablates", "reproduces", "launch", "hub", "report_to", "workers"})
+# Nor does what is said of a source's or a checkpoint's origin, for planning before it is there.
+OPERATIONAL_SOURCE_KEYS = frozenset({"expected_rows"})
+OPERATIONAL_LLAVA_KEYS = frozenset({"made_by"})
 OPERATIONAL_PHASE_KEYS = frozenset(
     {
         "max_row_tokens",
@@ -54,7 +63,7 @@ OPERATIONAL_PHASE_KEYS = frozenset(
 )
 
 
-def _refuse(message: str) -> PydanticCustomError:
+def refuse(message: str) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{message}", {"message": message})
 
 
@@ -71,7 +80,7 @@ class Strict(BaseModel):
                 if key not in cls.model_fields:
                     near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
                     hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(cls.model_fields)}"
-                    raise _refuse(f"unknown key {key!r}; {hint}")
+                    raise refuse(f"unknown key {key!r}; {hint}")
         return values
 
 
@@ -79,7 +88,7 @@ def _exactly_one(model: Strict, *keys: str) -> None:
     given = [key for key in keys if getattr(model, key) is not None]
     if len(given) != 1:
         got = " and ".join(given) if given else "none of them"
-        raise _refuse(f"give exactly one of {', '.join(keys)}; got {got}")
+        raise refuse(f"give exactly one of {', '.join(keys)}; got {got}")
 
 
 class Pretrained(Strict):
@@ -92,7 +101,7 @@ class Pretrained(Strict):
     @model_validator(mode="after")
     def _check_revision(self) -> Pretrained:
         if self.revision is not None and self.id is None:
-            raise _refuse("revision is of a Hub id; remove it, or give id")
+            raise refuse("revision is of a Hub id; remove it, or give id")
         return self
 
     @property
@@ -112,7 +121,8 @@ class VisionEncoderSpec(Pretrained):
 
 
 class TokenizerSpec(Pretrained):
-    """An existing tokenizer, or one trained on the recipe's own texts (`vocab_size`)."""
+    """An existing tokenizer, or one trained on all texts under the recipe's `data`, used by a phase or not
+    (`vocab_size`): recipes that list the same data have the same tokens whatever their phases use of it."""
 
     vocab_size: PositiveInt | None = None
 
@@ -132,25 +142,39 @@ class LanguageModelSpec(Pretrained):
     def _check(self) -> LanguageModelSpec:
         _exactly_one(self, "id", "path", "config")
         if self.config is not None and self.tokenizer is None:
-            raise _refuse(
+            raise refuse(
                 "a language_model from a config has no tokenizer; add tokenizer: {id: ...} or {vocab_size: ...}"
             )
         if self.config is None and self.tokenizer is not None:
-            raise _refuse("tokenizer goes with config only; a language_model with id or path brings its own")
+            raise refuse("tokenizer goes with config only; a language_model with id or path brings its own")
         return self
 
 
 def _feature_layer(value: Any) -> Any:
     if value == 0:
-        raise _refuse(
+        raise refuse(
             "0 is the patch embedding, before any layer; count layers from 1, or from the end with -1, -2, ..."
         )
     return value
 
 
+class LlavaSpec(Pretrained):
+    """A whole LLaVA checkpoint in transformers' format to start from, its projector trained already."""
+
+    made_by: str | None = Field(None, description="the recipe whose run makes `path`; plans read its sizes from there")
+
+    @model_validator(mode="after")
+    def _check(self) -> LlavaSpec:
+        _exactly_one(self, "id", "path")
+        return self
+
+
 class ModelSpec(Strict):
-    vision_encoder: VisionEncoderSpec
-    language_model: LanguageModelSpec
+    """An encoder and a language model to compose, with a fresh projector; or a LLaVA checkpoint to go on from."""
+
+    vision_encoder: VisionEncoderSpec | None = None
+    language_model: LanguageModelSpec | None = None
+    llava: LlavaSpec | None = None
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     feature_layer: Annotated[int, BeforeValidator(_feature_layer)] = -2
     feature_strategy: Literal["default", "full"] = Field(
@@ -159,32 +183,81 @@ class ModelSpec(Strict):
     )
     chat_template: Literal["huatuo", "vicuna", "llama3", "chatml", "mistral"] = "huatuo"
 
+    @model_validator(mode="after")
+    def _check(self) -> ModelSpec:
+        if self.llava is None:
+            absent = [part for part in ("vision_encoder", "language_model") if getattr(self, part) is None]
+            if absent:
+                raise refuse(f"{' and '.join(absent)} missing; give vision_encoder and language_model, or llava alone")
+            return self
+        own = [key for key in _CHECKPOINTS_OWN if key in self.model_fields_set and getattr(self, key) is not None]
+        if own:
+            raise refuse(f"{', '.join(own)} come with the llava checkpoint; remove them, or remove llava")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_checkpoints_own(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = serialize(self)
+        return {k: v for k, v in values.items() if k not in _CHECKPOINTS_OWN} if self.llava else values
+
+    @property
+    def pretrained(self) -> dict[str, Pretrained]:
+        """What the first weights come from, by the key that names it."""
+        keys = ("llava",) if self.llava else ("vision_encoder", "language_model")
+        return {key: getattr(self, key) for key in keys}
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        tokenizer = self.language_model.tokenizer if self.language_model else None
+        return tokenizer is not None and tokenizer.vocab_size is not None
+
+
+# What a LLaVA checkpoint decides itself.
+_CHECKPOINTS_OWN = ("vision_encoder", "language_model", "projector", "feature_layer", "feature_strategy")
+
 
 class Columns(Strict):
-    """Which columns of a caption row hold what."""
+    """Which columns of a row hold what."""
 
-    id: str = "id"
+    id: str | Literal[False] = Field("id", description="false: rows have no id, and are called by their place")
     image: str = "image"
     caption: str = "caption"
     context: str | None = Field(None, description="column of in-text mentions, added to the caption in the answer")
+    question: str = "question"
+    answer: str = "answer"
+    options: tuple[str, ...] = Field((), description="columns of the options A, B, ...; the answer is then a letter")
+    messages: str = Field("messages", description="column of turns: role and content, or from and value (ShareGPT)")
+
+
+# Adapter -> the columns that its rows can name otherwise; other data sets lay their rows out one way.
+_COLUMNS = {
+    "captions": {"id", "image", "caption", "context"},
+    "vqa": {"id", "image", "question", "answer", "options"},
+    "messages": {"id", "messages"},
+}
 
 
 class SourceSpec(Strict):
     """One data source: an adapter, and where its rows are."""
 
-    adapter: Literal["pubmedvision", "llava", "llava_med", "captions", "messages", "phantom"]
-    path: str | None = Field(None, description="a JSON, JSON Lines or Parquet file, or a folder that holds them")
+    adapter: Literal["pubmedvision", "llava", "llava_med", "captions", "vqa", "messages", "phantom"]
+    path: str | None = Field(None, description="a JSON, JSON Lines, Parquet or CSV file, or a folder that holds one")
     image_root: str | None = Field(None, description="folder (or folder of zips) that image names are relative to")
     hub_id: str | None = None
     revision: str | None = None
     split: str = "train"
-    config: Literal["alignment", "instruction", "captions", "chinese"] | None = Field(
-        None, description="which of PubMedVision's files (pubmedvision: all four; phantom: alignment or instruction)"
+    config: Literal[PUBMEDVISION_CONFIGS + PHANTOM_DESCRIPTIONS] | None = Field(
+        None,
+        description="which of the set's files; pubmedvision: alignment, instruction, captions or chinese; phantom: "
+        "alignment, instruction or one of the four descriptions",
     )
     conversations: Literal["alignment", "instruction"] | None = Field(
         None, description="which conversation column of a Chinese PubMedVision row"
     )
     columns: Columns = Columns()
+    expected_rows: PositiveInt | None = Field(
+        None, description="the published number of rows: plans without the data count on it, another number is said"
+    )
     language: Literal["en", "zh"] = Field("en", description="language of the description requests paired with captions")
     train: PositiveInt | None = Field(None, description="phantom: training records to make")
     test: int | None = Field(None, ge=0, description="phantom: test questions to make")
@@ -192,27 +265,31 @@ class SourceSpec(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> SourceSpec:
+        defaults = Columns()
+        named = {key for key in Columns.model_fields if getattr(self.columns, key) != getattr(defaults, key)}
+        foreign = sorted(named - _COLUMNS.get(self.adapter, set()))
+        if foreign:
+            usable = ", ".join(sorted(_COLUMNS.get(self.adapter, ()))) or "none"
+            raise refuse(f"adapter {self.adapter} reads no columns {', '.join(foreign)}; it takes: {usable}")
         phantom_keys = [key for key in ("train", "test", "seed") if getattr(self, key) is not None]
         if self.adapter == "phantom":
             if self.path or self.hub_id or self.image_root:
-                raise _refuse("adapter phantom makes its own data; remove path, hub_id and image_root")
+                raise refuse("adapter phantom makes its own data; remove path, hub_id and image_root")
             if self.train is None:
-                raise _refuse("adapter phantom needs train (how many records to make)")
-            if self.config not in ("alignment", "instruction"):
-                raise _refuse("adapter phantom needs config: alignment or config: instruction")
+                raise refuse("adapter phantom needs train (how many records to make)")
+            if self.config not in PHANTOM_CONFIGS:
+                raise refuse(f"adapter phantom needs config: {', '.join(PHANTOM_CONFIGS)}")
             return self
         _exactly_one(self, "path", "hub_id")
         if phantom_keys:
-            raise _refuse(f"{', '.join(phantom_keys)} belong to adapter phantom; remove them or change the adapter")
+            raise refuse(f"{', '.join(phantom_keys)} belong to adapter phantom; remove them or change the adapter")
         if self.adapter == "pubmedvision":
-            if self.config is None:
-                raise _refuse("adapter pubmedvision needs config: alignment, instruction, captions or chinese")
+            if self.config not in PUBMEDVISION_CONFIGS:
+                raise refuse(f"adapter pubmedvision needs config: {', '.join(PUBMEDVISION_CONFIGS)}")
             if (self.config == "chinese") != (self.conversations is not None):
-                raise _refuse("conversations (alignment or instruction) goes with config: chinese, and only with it")
+                raise refuse("conversations (alignment or instruction) goes with config: chinese, and only with it")
         elif self.config is not None or self.conversations is not None:
-            raise _refuse(
-                f"config and conversations belong to adapter pubmedvision; adapter {self.adapter} has neither"
-            )
+            raise refuse(f"config and conversations belong to adapter pubmedvision; adapter {self.adapter} has neither")
         return self
 
 
@@ -226,7 +303,7 @@ class MixtureEntry(Strict):
     @model_validator(mode="after")
     def _check(self) -> MixtureEntry:
         if self.rows is not None and self.weight is not None:
-            raise _refuse("give rows or weight, not both")
+            raise refuse("give rows or weight, not both")
         return self
 
 
@@ -241,7 +318,7 @@ def _false_is_frozen(value: Any) -> Any:
     if value is False:
         return None
     if value is True:
-        raise _refuse("true does not say how to train this part; write {lr: ...}")
+        raise refuse("true does not say how to train this part; write {lr: ...}")
     return value
 
 
@@ -266,11 +343,11 @@ class TrainSpec(Strict):
     @model_validator(mode="after")
     def _check(self) -> TrainSpec:
         if not any(getattr(self, part) for part in PARTS):
-            raise _refuse("every part is frozen; give at least one of vision_encoder, projector, language_model an lr")
+            raise refuse("every part is frozen; give at least one of vision_encoder, projector, language_model an lr")
         if self.lora and not self.projector:
-            raise _refuse("lora trains the projector in full beside the adapter; set projector: {lr: ...}")
+            raise refuse("lora trains the projector in full beside the adapter; set projector: {lr: ...}")
         if self.lora and self.vision_encoder:
-            raise _refuse(
+            raise refuse(
                 "lora saves adapter and projector only, so the vision_encoder must stay frozen; set it to false"
             )
         return self
@@ -300,7 +377,7 @@ class ScheduleSpec(Strict):
 def _recompute(value: Any) -> Any:
     if value in ("none", "all") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise _refuse(f"got {value!r}; expected none, all, or a number n (recompute every n-th layer)")
+    raise refuse(f"got {value!r}; expected none, all, or a number n (recompute every n-th layer)")
 
 
 class PhaseSpec(Strict):
@@ -326,16 +403,16 @@ class PhaseSpec(Strict):
     @model_validator(mode="after")
     def _check(self) -> PhaseSpec:
         if self.max_sample_tokens > self.max_row_tokens:
-            raise _refuse(
+            raise refuse(
                 f"max_sample_tokens {self.max_sample_tokens} is above max_row_tokens {self.max_row_tokens}, so a long "
                 "sample would fit no row; raise max_row_tokens or lower max_sample_tokens"
             )
         kinds = {"weight" if entry.weight is not None else "rows" for entry in self.data}
         if len(kinds) > 1:
-            raise _refuse("either every data entry has a weight or none has; a weight beside rows says nothing")
+            raise refuse("either every data entry has a weight or none has; a weight beside rows says nothing")
         names = [entry.source for entry in self.data]
         if len(set(names)) < len(names):
-            raise _refuse("a source stands twice in data; give each source one entry")
+            raise refuse("a source stands twice in data; give each source one entry")
         return self
 
 
@@ -348,8 +425,29 @@ class HubSpec(Strict):
     @model_validator(mode="after")
     def _check(self) -> HubSpec:
         if self.push != "never" and (self.repo_id is None or self.license is None):
-            raise _refuse(f"push: {self.push} needs a repo_id and a license (of the weights, for the model card)")
+            raise refuse(f"push: {self.push} needs a repo_id and a license (of the weights, for the model card)")
         return self
+
+
+class LaunchSpec(Strict):
+    """What the recipe is made for: plans are drawn up for it, and its command is written with it."""
+
+    config: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "cpu"] = Field(
+        description="a file of recipes/accelerate/, without .yaml"
+    )
+    processes: PositiveInt = Field(1, description="one a GPU")
+    gpu_gb: PositiveInt | None = Field(None, description="memory of one GPU, as it is sold: 24, 80")
+
+    @model_validator(mode="after")
+    def _check(self) -> LaunchSpec:
+        if self.config == "single" and self.processes > 1:
+            raise refuse(f"config single is one process, and processes is {self.processes}; take ddp, or 1")
+        return self
+
+    @property
+    def sharding(self) -> Literal["ddp", "zero2", "fsdp"]:
+        """How weights and optimizer state are spread; ZeRO-3 spreads them as FSDP does."""
+        return {"zero2": "zero2", "zero3": "fsdp", "fsdp2": "fsdp"}.get(self.config, "ddp")
 
 
 class Reproduces(Strict):
@@ -370,6 +468,7 @@ class Recipe(Strict):
     on_bad_sample: Literal["stop", "drop"] = Field(
         "stop", description="drop: count it in prepare/report.json and go on"
     )
+    launch: LaunchSpec | None = None
     seed: int = Field(0, ge=0)
     workers: int = Field(4, ge=0, description="image-decoding processes per training process; 0 decodes in line")
     hub: HubSpec = HubSpec()
@@ -380,7 +479,7 @@ class Recipe(Strict):
         for name, phase in self.phases.items():
             for entry in phase.data:
                 if entry.source not in self.data:
-                    raise _refuse(
+                    raise refuse(
                         f"phases.{name}.data names the source {entry.source!r}; data has: {', '.join(self.data)}"
                     )
         return self
@@ -397,7 +496,16 @@ class Recipe(Strict):
             names = list(phases)
             phases = {name: phases[name] for name in names[: names.index(through_phase) + 1]}
         used = {entry["source"] for phase in phases.values() for entry in phase["data"]}
-        values["data"] = {name: spec for name, spec in values["data"].items() if name in used}
+        if self.model.trains_tokenizer:
+            used = set(self.data)  # its tokens come from all of them
+        values["data"] = {
+            name: {k: v for k, v in spec.items() if k not in OPERATIONAL_SOURCE_KEYS}
+            for name, spec in values["data"].items()
+            if name in used
+        }
+        if self.model.llava:
+            llava = values["model"]["llava"]
+            values["model"]["llava"] = {k: v for k, v in llava.items() if k not in OPERATIONAL_LLAVA_KEYS}
         values["phases"] = {
             name: {k: v for k, v in phase.items() if k not in OPERATIONAL_PHASE_KEYS} for name, phase in phases.items()
         }
@@ -416,14 +524,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from its base in a key that its `ablates` list does not name.
     """
     path = Path(path)
-    values = _read_yaml(path)
+    values = read_yaml(path)
     base_values = None
     if values.get("base") is not None:
         base_path = path.parent / str(values["base"])
-        base_values = _read_yaml(base_path)
+        base_values = read_yaml(base_path)
         if base_values.get("base") is not None:
             raise UserError(f"{path}: base {values['base']} has a base of its own; inheritance is one level deep")
-        values = _merge(base_values, values)
+        # The row of a paper that the base stands for is not the ablation's.
+        values = _merge({key: value for key, value in base_values.items() if key != "reproduces"}, values)
     for override in overrides:
         _apply_override(values, override)
     recipe = _validate(values, path)
@@ -442,22 +551,24 @@ def differing_keys(a: Recipe, b: Recipe, through_phase: str | None = None) -> li
     return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: str = "recipe", keys: str = "name, model, data, phases") -> dict[str, Any]:
+    """The mapping in a YAML file; `kind` and `keys` say in an error what was expected."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist; recipes/ holds the shipped ones") from None
+        raise UserError(f"{kind} {path} does not exist; recipes/ holds the shipped ones") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"recipe {path} is not a YAML file: {' '.join(str(error).split())}") from None
+        raise UserError(f"{kind} {path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"recipe {path} is empty or not a mapping; expected keys such as name, model, data, phases")
+        raise UserError(f"{kind} {path} is empty or not a mapping; expected keys such as {keys}")
     return values
 
 
 def _merge(base: Any, change: Any) -> Any:
-    """`change` over `base`: mappings merge key by key, everything else is replaced."""
+    """`change` over `base`, as RFC 7396 merges: mappings key by key, null takes a key away, the rest is replaced."""
     if isinstance(base, dict) and isinstance(change, dict):
-        return base | {key: _merge(base.get(key), value) for key, value in change.items()}
+        merged = base | {key: _merge(base.get(key), value) for key, value in change.items()}
+        return {key: value for key, value in merged.items() if value is not None}
     return change
 
 
@@ -490,10 +601,11 @@ def _validate(values: dict[str, Any], path: Path) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"recipe {path}: {_first_sentence(error)}") from None
+        raise UserError(f"recipe {path}: {first_sentence(error)}") from None
 
 
-def _first_sentence(error: ValidationError) -> str:
+def first_sentence(error: ValidationError) -> str:
+    """What is wrong, with the key, in one sentence."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "recipe":

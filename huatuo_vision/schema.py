@@ -21,6 +21,10 @@ class UserError(ValueError):
     """A mistake of the user's (recipe, data, files), said in one sentence; commands exit with code 2."""
 
 
+class OutOfReach(UserError):
+    """What a recipe names is not here and cannot be fetched: no connection, no access, not downloaded, not yet made."""
+
+
 class BadSample(ValueError):
     """One sample that can't be trained on. `reason` is a short fixed word for counting; the text explains."""
 

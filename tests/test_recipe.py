@@ -45,13 +45,94 @@ def small(tmp_path) -> Path:
     return write(tmp_path, SMALL)
 
 
-SHIPPED = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
+RECIPES = ROOT / "recipes"
+# Sets of ablations, which lie there too, name recipes and are none.
+SHIPPED = [
+    path
+    for path in sorted(RECIPES.rglob("*.yaml"))
+    if path.parent.name != "accelerate" and yaml.safe_load(path.read_text()).keys() & {"model", "ablates"}
+]
+PAPER = [path for path in SHIPPED if path.is_relative_to(RECIPES / "paper")]
 
 
-def test_every_shipped_recipe_resolves():
-    assert len(SHIPPED) >= 4
-    for path in SHIPPED:
-        assert load_recipe(path).phases
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(RECIPES)) for path in paths]
+
+
+def test_recipes_are_shipped():
+    assert len(SHIPPED) >= 33
+    assert len(PAPER) >= 26
+    recipes = [load_recipe(path) for path in SHIPPED]
+    assert len({recipe.name for recipe in recipes}) == len(recipes), "runs/NAME would be shared"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
+def test_every_shipped_recipe_resolves(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe.phases
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml").fingerprint() == recipe.fingerprint()
+    if path.parent.name != "mini":
+        command = next(line for line in path.read_text().splitlines() if "--recipe" in line)
+        assert f"--recipe {path.relative_to(ROOT)}" in command
+    if recipe.launch is not None:
+        assert (RECIPES / "accelerate" / f"{recipe.launch.config}.yaml").is_file()
+
+
+MEMBERS = [path for path in SHIPPED if yaml.safe_load(path.read_text()).get("base")]
+# What says which experiment it is, not what is learnt.
+FREE = {"name", "base", "ablates", "reproduces", "hub"}
+
+
+def flat(values: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    pairs = (flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items())
+    return {key: value for found in pairs for key, value in found.items()}
+
+
+@pytest.mark.parametrize("path", MEMBERS, ids=names(MEMBERS))
+def test_an_ablation_differs_in_what_it_names_and_in_nothing_else(path):
+    values = yaml.safe_load(path.read_text())
+    recipe, base = load_recipe(path), load_recipe(path.parent / values["base"])
+    left, right = (flat({k: v for k, v in r.model_dump(mode="json").items() if k not in FREE}) for r in (recipe, base))
+    differs = {key for key in left.keys() | right.keys() if left.get(key) != right.get(key)}
+    ablates = set(recipe.ablates)
+    assert differs and ablates
+    within = {named: {key for key in differs if key == named or key.startswith(f"{named}.")} for named in ablates}
+    assert set().union(*within.values()) == differs, "differs in a key that ablates does not name"
+    assert all(within.values()), f"ablates names what does not differ: {[k for k, v in within.items() if not v]}"
+    written = {key for key in flat({k: v for k, v in values.items() if k not in FREE})}
+    idle = {key for key in written if not any(key == d or d.startswith(f"{key}.") for d in differs)}
+    assert not idle, f"repeats the base's value: {sorted(idle)}"
+
+
+@pytest.mark.parametrize("path", PAPER, ids=names(PAPER))
+def test_what_a_recipe_reproduces_is_what_was_published(path):
+    from huatuo_vision.evaluation.published import PUBLISHED
+
+    recipe = load_recipe(path)
+    if recipe.name.startswith("stage1-projector"):
+        assert recipe.reproduces is None, "the paper has one row for both readings"
+        return
+    for benchmark, target in recipe.reproduces.targets.items():
+        assert benchmark in PUBLISHED, benchmark
+        published = {p.model: p.value for p in PUBLISHED[benchmark]}
+        if recipe.reproduces.table in (2, "README"):
+            assert published[recipe.reproduces.row] == pytest.approx(target / 100), (benchmark, target)
+
+
+def test_the_readmes_table_has_every_recipe_and_its_numbers():
+    lines = (RECIPES / "README.md").read_text().splitlines()
+    for path in (path for path in SHIPPED if path.parent.name != "mini"):
+        recipe, place = load_recipe(path), path.relative_to(RECIPES)
+        found = [line for line in lines if line.startswith(f"| [{recipe.name}]({place}) |") and "`train " in line]
+        assert len(found) == 1, place
+        cells = [cell.strip() for cell in found[0].split("|")[1:-1]]
+        targets = recipe.reproduces.targets if recipe.reproduces else {}
+        assert [float(text.split()[-1]) for text in cells[2].split(", ") if text] == list(targets.values()), place
+        config = recipe.launch.config if recipe.launch else "cpu"
+        assert cells[4].removeprefix("`train ").rstrip("`").split()[:2] == [config, str(place.with_suffix(""))]
 
 
 REFUSED = [
@@ -91,6 +172,11 @@ REFUSED = [
     ("data.captions={adapter: pubmedvision, path: x}", "adapter pubmedvision needs config"),
     ("data.captions={adapter: llava, path: x, config: chinese}", "belong to adapter pubmedvision"),
     ("data.captions={adapter: captions, path: x, seed: 1}", "seed belong to adapter phantom"),
+    ("model.llava={path: x}", "model: vision_encoder, language_model come with the llava checkpoint"),
+    ("model={llava: {path: x}, feature_layer: -1}", "model: feature_layer come with the llava checkpoint"),
+    ("model={language_model: {path: x}}", "model: vision_encoder missing; give vision_encoder and language_model"),
+    ("model={llava: {}}", "model.llava: give exactly one of id, path; got none of them"),
+    ("launch={config: single, processes: 2}", "launch: config single is one process, and processes is 2"),
     ("hub.push=final", "push: final needs a repo_id and a license"),
     ("name=../x", "name: got '../x' (str); string should match"),
     ("phases.align.data.0.weight=.inf", "phases.align.data.0.weight: got inf (float); input should be a finite number"),
@@ -150,7 +236,9 @@ def test_base_and_ablates(tmp_path):
     change = {"name": "b", "base": "base.yaml", "phases": {"align": {"epochs": 2}}}
     with pytest.raises(UserError, match=r"differs from its base in phases.align.epochs, which ablates does not name"):
         load_recipe(write(tmp_path, change))
+    write(tmp_path, SMALL | {"reproduces": {"paper": "p", "table": 1, "row": "r", "targets": {}}}, "base.yaml")
     recipe = load_recipe(write(tmp_path, change | {"ablates": ["phases.align.epochs"]}))
+    assert recipe.reproduces is None, "that row is the base's"
     assert recipe.phases["align"].epochs == 2
     assert recipe.phases["instruct"] == load_recipe(tmp_path / "base.yaml").phases["instruct"]
     write(tmp_path, change | {"ablates": ["phases.align.epochs"]}, "middle.yaml")
@@ -167,6 +255,37 @@ def test_fingerprint_is_of_what_is_learnt(small):
     later = load_recipe(small, ["phases.instruct.epochs=2"])
     assert later.fingerprint("align") == recipe.fingerprint("align")
     assert differing_keys(later, recipe) == ["phases.instruct.epochs"]
+
+
+def test_a_tokenizer_trained_on_the_data_belongs_to_what_every_phase_learns(small):
+    """Its tokens come from all that `data` lists, so the list counts, and which phase uses what of it does not."""
+    recipe = load_recipe(small)
+    other_mix = load_recipe(small, ["phases.instruct.data=[{source: captions}]"])
+    assert other_mix.fingerprint("align") == recipe.fingerprint("align")
+    more = "data.more={adapter: phantom, config: mllm_distill, train: 10}"
+    assert load_recipe(small, [more]).fingerprint("align") != recipe.fingerprint("align")
+    fixed = "model.language_model.tokenizer={id: some/tokenizer}"
+    assert load_recipe(small, [fixed, more]).fingerprint("align") == load_recipe(small, [fixed]).fingerprint("align")
+
+
+def test_null_takes_away_what_the_base_has(tmp_path):
+    write(tmp_path, SMALL)
+    row = {"name": "row", "base": "recipe.yaml", "ablates": ["phases.align"], "phases": {"align": None}}
+    assert list(load_recipe(write(tmp_path, row, "row.yaml")).phases) == ["instruct"]
+    undeclared = write(tmp_path, row | {"ablates": []}, "undeclared.yaml")
+    with pytest.raises(UserError, match="differs from its base in phases.align.*, which ablates does not name"):
+        load_recipe(undeclared)
+
+
+def test_where_things_come_from_is_not_what_is_learnt(small, tmp_path):
+    llava = ["model={llava: {path: x}}", "data.captions={adapter: captions, path: x}"]
+    recipe = load_recipe(small, llava)
+    for same in ("model.llava.made_by=r.yaml", "data.captions.expected_rows=5", "launch={config: ddp, processes: 8}"):
+        assert load_recipe(small, [*llava, same]).fingerprint() == recipe.fingerprint(), same
+    assert load_recipe(small, [*llava, "model.llava.path=y"]).fingerprint() != recipe.fingerprint()
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert "feature_layer" not in (tmp_path / "resolved.yaml").read_text()
 
 
 def test_schema_is_printed_and_forbids_unknown_keys():

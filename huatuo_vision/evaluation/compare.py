@@ -61,7 +61,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Paired:
+class Paired:
     """Graded rows that both have."""
 
     rows: Sequence[
@@ -82,19 +82,7 @@ def compare(a: Result, b: Result) -> Comparison:
         UserError where a is the blind one, where both the model and the blindness differ, and where the two have no
         benchmark in common or differ in protocol, rows, options or gold answers.
     """
-    results = a, b
-    kind = _kind(*results)
-    names = [name for name in results[0].scores["benchmarks"] if name in results[1].scores["benchmarks"]]
-    if not names:
-        said = [", ".join(result.scores["benchmarks"]) or "none" for result in results]
-        raise UserError(f"{a.folder} and {b.folder} have no benchmark in common: {said[0]} there, {said[1]} here")
-    for name in names:
-        _require_same_protocol(name, *results)
-    rows_a, rows_b = a.rows, b.rows
-    paired = {name: _pair(name, *results, rows_a.get(name, {}), rows_b.get(name, {})) for name in names}
-    paired = {name: rows for name, rows in paired.items() if rows.rows}
-    if not paired:
-        raise UserError(f"{a.folder} and {b.folder} have no graded row in common; their benchmarks hide the answers")
+    results, paired = (a, b), pair(a, b)
     entries = {name: _entry(rows) | {"groups": _groups(rows)} for name, rows in paired.items()}
     corrected = statistics.holm([entry["p"] for entry in entries.values()])
     for (name, entry), p in zip(entries.items(), corrected, strict=True):
@@ -103,7 +91,7 @@ def compare(a: Result, b: Result) -> Comparison:
         entry |= {key: scored[0].get(key) for key in ("macro_over", "note")}
         reasons = dict.fromkeys(filter(None, (one.get("why_not_comparable") for one in scored)))
         entry["why_not_comparable"] = " ".join(reasons) or None
-    pooled = _Paired(
+    pooled = Paired(
         [row for rows in paired.values() for row in rows.rows],
         [verdict for rows in paired.values() for verdict in rows.a],
         [verdict for rows in paired.values() for verdict in rows.b],
@@ -113,13 +101,30 @@ def compare(a: Result, b: Result) -> Comparison:
         "schema": 1,
         "a": results[0].heading,
         "b": results[1].heading,
-        "kind": kind,
+        "kind": _kind(*results),
         "benchmarks": entries,
         "not_compared": [name for name in everything if name not in entries],
         # One test of its own: no family to correct for.
         "pooled": _entry(pooled) | {"p_holm": None},
         "flips": [flip for rows in paired.values() for flip in _flips(rows)],
     }
+
+
+def pair(a: Result, b: Result) -> dict[str, Paired]:
+    """The graded rows that both have, by benchmark. Raises UserError as `compare` does."""
+    _kind(a, b)
+    names = [name for name in a.scores["benchmarks"] if name in b.scores["benchmarks"]]
+    if not names:
+        said = [", ".join(result.scores["benchmarks"]) or "none" for result in (a, b)]
+        raise UserError(f"{a.folder} and {b.folder} have no benchmark in common: {said[0]} there, {said[1]} here")
+    for name in names:
+        _require_same_protocol(name, a, b)
+    rows_a, rows_b = a.rows, b.rows
+    paired = {name: _pair(name, a, b, rows_a.get(name, {}), rows_b.get(name, {})) for name in names}
+    paired = {name: rows for name, rows in paired.items() if rows.rows}
+    if not paired:
+        raise UserError(f"{a.folder} and {b.folder} have no graded row in common; their benchmarks hide the answers")
+    return paired
 
 
 def read(folder: Path) -> Result:
@@ -194,7 +199,7 @@ def _require_same_protocol(name: str, a: Result, b: Result) -> None:
         )
 
 
-def _pair(name: str, a: Result, b: Result, rows_a: Mapping[str, Any], rows_b: Mapping[str, Any]) -> _Paired:
+def _pair(name: str, a: Result, b: Result, rows_a: Mapping[str, Any], rows_b: Mapping[str, Any]) -> Paired:
     """The graded rows of one benchmark that both have, in a's order. rows: id -> answer and verdict."""
     limited = any(result.scores.get("limit") is not None for result in (a, b))
     common = [row_id for row_id in rows_a if row_id in rows_b]
@@ -213,14 +218,14 @@ def _pair(name: str, a: Result, b: Result, rows_a: Mapping[str, Any], rows_b: Ma
                     "evaluate both on the same data"
                 )
     graded = [row_id for row_id in common if rows_a[row_id][1] != "ungraded"]
-    return _Paired(
+    return Paired(
         [rows_a[row_id][0] for row_id in graded],
         [rows_a[row_id][1] for row_id in graded],
         [rows_b[row_id][1] for row_id in graded],
     )
 
 
-def _entry(paired: _Paired) -> dict[str, Any]:
+def _entry(paired: Paired) -> dict[str, Any]:
     """Everything of one comparison but its groups and the correction for many."""
     n, cluster = len(paired.rows), statistics.clusters(paired.rows)
     a, b = paired.right
@@ -245,7 +250,7 @@ def _rate(right: Sequence[bool], cluster: statistics.Integers) -> dict[str, Any]
     return {"accuracy": sum(right) / len(right), "ci95": list(statistics.rate_interval(right, cluster)[0])}
 
 
-def _groups(paired: _Paired) -> dict[str, dict[str, dict[str, Any]]]:
+def _groups(paired: Paired) -> dict[str, dict[str, dict[str, Any]]]:
     a, b = paired.right
     return {
         group: {value: _difference([a[i] for i in own], [b[i] for i in own]) for value, own in values.items()}
@@ -258,7 +263,7 @@ def _difference(a: Sequence[bool], b: Sequence[bool]) -> dict[str, Any]:
     return {"n": n, "a": sum(a) / n, "b": sum(b) / n, "difference": (sum(a) - sum(b)) / n}
 
 
-def _flips(paired: _Paired) -> list[dict[str, str]]:
+def _flips(paired: Paired) -> list[dict[str, str]]:
     """The rows that just one of the two has right."""
     return [
         {"benchmark": row["benchmark"], "id": row["id"], "a": a, "b": b}

@@ -94,7 +94,7 @@ def write_reports(
         "labels": labels(comparison),
         "open_metrics": OPEN_METRICS,
     }
-    write_whole(out / "report.md", encodable(_markdown(values)))
+    write_whole(out / "report.md", render_markdown(HERE / "report.md.jinja", **values))
     rows = describe(choose(answers, verdicts, comparison, other), answers, verdicts, comparison, other)
     folders = [out / stored_pictures.FOLDER] if picture_folders is None else picture_folders
     samples = {
@@ -221,6 +221,11 @@ def points(difference: float | None) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
+def magnitude(difference: float | None) -> str:
+    """The size of a difference in percentage points; more than all of them is more than can be."""
+    return "–" if difference is None or difference > 1 else f"{100 * difference:.1f}"
+
+
 def points_interval(bounds: Sequence[float] | None) -> str:
     return "–" if bounds is None else f"{points(bounds[0])} to {points(bounds[1])}"
 
@@ -247,6 +252,7 @@ FILTERS = {
     "percent": percent,
     "interval": interval,
     "points": points,
+    "magnitude": magnitude,
     "points_interval": points_interval,
     "p_value": p_value,
     "count": count,
@@ -255,9 +261,10 @@ FILTERS = {
 }
 
 
-def _markdown(values: Mapping[str, Any]) -> str:
+def render_markdown(template: Path, **values: Any) -> str:
+    """A Markdown template with what it prints escaped for Markdown, and the filters of the reports."""
     environment = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader(template.parent),
         # Names and notes are other people's text: none of it may leave its cell or become markup.
         finalize=_inline,
         undefined=StrictUndefined,
@@ -266,7 +273,7 @@ def _markdown(values: Mapping[str, Any]) -> str:
         autoescape=False,
     )
     environment.filters |= FILTERS
-    return environment.get_template("report.md.jinja").render(**values)
+    return encodable(environment.get_template(template.name).render(**values))
 
 
 def _inline(value: object) -> str:

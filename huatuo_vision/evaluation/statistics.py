@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.signal import fftconvolve
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import binomtest, norm
+from scipy.stats import binom, binomtest, norm, t
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 from statsmodels.stats.contingency_tables import mcnemar
@@ -180,6 +181,46 @@ def _around(rate: float, resampled: Floats, n_clusters: int) -> Bounds:
 def mcnemar_p(a_only: int, b_only: int) -> float:
     """The exact two-sided p of a paired comparison: rows that only a, and that only b, has right."""
     return float(mcnemar([[0, a_only], [b_only, 0]], exact=True).pvalue)
+
+
+def sign_flip_p(a: ArrayLike, b: ArrayLike, cluster: ArrayLike) -> float:
+    """The exact two-sided p of a paired comparison whose rows come in clusters.
+
+    Were there no difference, each cluster's (rows that a has right minus rows that b has right) would be as likely
+    with the other sign. McNemar's exact test is the case in which no cluster differs by more than one row.
+
+    Args:
+        a, b: truth values, shape [rows].
+        cluster: the cluster number of each row, shape [rows].
+    """
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    sums = _cluster_sums(difference[:, None], cluster)[:, 0].astype(np.int64)
+    pmf = np.ones(1)  # of the sum, from the smallest that can be to the largest
+    for size, count in zip(*np.unique(np.abs(sums[sums != 0]), return_counts=True), strict=True):
+        own = np.zeros(2 * size * count + 1)
+        own[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        pmf = fftconvolve(pmf, own)
+    beyond = pmf[: len(pmf) // 2 - abs(int(sums.sum())) + 1].sum()
+    return float(np.clip(2 * beyond, 0.0, 1.0))
+
+
+def paired_discordance(a: ArrayLike, b: ArrayLike, cluster: ArrayLike) -> float:
+    """What `smallest_detectable_difference` takes as the discordant share, of rows in clusters.
+
+    The sum over clusters of the squared difference, per row: where every row is a cluster of its own, the share of
+    rows that just one of the two has right.
+    """
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    return float((_cluster_sums(difference[:, None], cluster) ** 2).sum() / len(difference))
+
+
+def seeds_interval(values: Sequence[float]) -> Bounds | None:
+    """The 95 % t interval of a mean over independent trainings; None for a single one, whose spread is not known."""
+    if len(values) < 2:
+        return None
+    centre = float(np.mean(values))
+    reach = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return centre - reach, centre + reach
 
 
 def holm(p: Sequence[float]) -> list[float]:

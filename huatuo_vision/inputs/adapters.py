@@ -8,22 +8,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from huatuo_vision.recipe import SourceSpec
-from huatuo_vision.schema import IMAGE_PLACEHOLDER, ROLES, BadSample, ImageRef, Message, Sample, escape_placeholder
+from huatuo_vision.schema import (
+    IMAGE_PLACEHOLDER,
+    ROLES,
+    BadSample,
+    ImageRef,
+    Message,
+    Role,
+    Sample,
+    escape_placeholder,
+)
 
 Row = Mapping[str, Any]
 # An image as a row has it: a file name, encoded bytes, or what `datasets` stores for an Image, {"bytes", "path"}.
 RowImage = str | bytes | Mapping[str, Any]
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}
+# ShareGPT's chats have system prompts too.
+CHAT_SPEAKERS = SPEAKERS | {"system": "system"}
+LETTERS = string.ascii_uppercase
+# How questions with options end, in training as in evaluation (evaluation/prompts/letter.txt).
+LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
 CHINESE_CONVERSATIONS = {
     "alignment": "Alignment_VQA_conversations",
     "instruction": "Instruction-Tuning_VQA_conversations",
@@ -55,10 +71,11 @@ class RowContext:
 def adapt(row: object, source: str, spec: SourceSpec, find_image: Callable[[str], ImageRef], position: int) -> Sample:
     """The row at `position` as a Sample, by the source's adapter. Raises BadSample for a row of another shape."""
     identity = row_id(row, spec) if isinstance(row, Mapping) else None
+    by_place = id_key(spec) is False
     context = RowContext(source, spec, identity or f"row {position}", find_image)
     if not isinstance(row, Mapping):
         raise context.refuse(f"the row is {_describe(row)}; expected an object with keys")
-    if not identity:
+    if not identity and not by_place:
         key = id_key(spec)
         raise context.refuse(
             f"{key} is {_describe(row.get(key))}; every row needs an id of its own, a string or a number"
@@ -70,12 +87,15 @@ def adapt(row: object, source: str, spec: SourceSpec, find_image: Callable[[str]
             return _llava(row, context)
         case "captions":
             return _captions(row, context)
+        case "vqa":
+            return _vqa(row, context)
         case "messages":
             return _messages(row, context)
 
 
-def id_key(spec: SourceSpec) -> str:
-    return spec.columns.id if spec.adapter == "captions" else "id"
+def id_key(spec: SourceSpec) -> str | Literal[False]:
+    """The column of ids; False where rows have none and are called by their place."""
+    return spec.columns.id if spec.adapter in ("captions", "vqa", "messages") else "id"
 
 
 def row_id(row: Row, spec: SourceSpec) -> str:
@@ -84,7 +104,8 @@ def row_id(row: Row, spec: SourceSpec) -> str:
     LLaVA's ids are those of the pictures: about 250K rows of the 665K file share theirs with another conversation
     about the same picture, so a digest of the conversation is added. Equal ids are then repeated rows.
     """
-    value = row.get(id_key(spec))
+    key = id_key(spec)
+    value = row.get(key) if key else None
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         return ""
     if spec.adapter in ("llava", "llava_med"):
@@ -96,7 +117,8 @@ def row_id(row: Row, spec: SourceSpec) -> str:
 
 def row_images(row: Row, spec: SourceSpec) -> list[object]:
     """What the row has in place of its images, unchecked."""
-    key = {"captions": spec.columns.image, "messages": "images"}.get(spec.adapter, "image")
+    column = spec.columns.image
+    key = {"captions": column, "vqa": column, "messages": "images"}.get(spec.adapter, "image")
     value = row.get(key)
     return [] if value is None else value if isinstance(value, list) else [value]
 
@@ -160,12 +182,44 @@ def _captions(row: Row, context: RowContext) -> Sample:
     return _sample(row, images, _description(answer, len(images), context), context)
 
 
+def _vqa(row: Row, context: RowContext) -> Sample:
+    """A picture, a question and its answer; with options, listed by letter as in evaluation, and a letter as answer."""
+    columns = context.spec.columns
+    value = _present(row, columns.image, context)
+    images = [_image(item, columns.image, context) for item in (value if isinstance(value, list) else [value])]
+    question, answer = _text(row, columns.question, context), _text(row, columns.answer, context)
+    if columns.options:
+        letters = LETTERS[: len(columns.options)]
+        options = [
+            # Some data sets print the letter in the option itself: "A: Liver", " B:Spleen".
+            re.sub(rf"^\s*{letter}\s*:\s*", "", _text(row, column, context)).strip()
+            for letter, column in zip(letters, columns.options, strict=True)
+        ]
+        answer = answer.strip()
+        if answer not in tuple(letters):
+            raise context.refuse(
+                f"{columns.answer} is {_describe(row[columns.answer])}; expected one of {', '.join(letters)}"
+            )
+        listed = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
+        question = "\n".join([question, *listed, LETTER_REQUEST])
+    messages = [
+        Message("user", f"{IMAGE_PLACEHOLDER}\n" * len(images) + escape_placeholder(question)),
+        Message("assistant", escape_placeholder(answer)),
+    ]
+    return _sample(row, images, messages, context)
+
+
 def _messages(row: Row, context: RowContext) -> Sample:
-    """Chat messages: `messages` of role and content (text, or parts of type text and image), `images` in order."""
+    """Chat messages of role and content (text, or parts of type text and image) with the row's `images` in order; or
+    ShareGPT's turns of from and value."""
     images = _image_list(row, "images", context) if row.get("images") is not None else []
+    column = context.spec.columns.messages
     messages = []
-    for position, item in enumerate(_list(row, "messages", context)):
-        where = f"messages[{position}]"
+    for position, item in enumerate(_list(row, column, context)):
+        where = f"{column}[{position}]"
+        if isinstance(item, Mapping) and "role" not in item and "from" in item:
+            messages.append(_turn(item, where, CHAT_SPEAKERS, context))
+            continue
         if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
             raise context.refuse(f"{where} is {_describe(item)}; expected an object with role and content")
         if item["role"] not in ROLES:
@@ -223,21 +277,24 @@ def caption_requests() -> dict[str, dict[str, list[str]]]:
 
 
 def _turns(row: Row, key: str, context: RowContext) -> list[Message]:
-    """Turns of {"from": human or gpt, "value": text}. What the assistant says never shows an image."""
-    messages = []
-    for position, turn in enumerate(_list(row, key, context)):
-        where = f"{key}[{position}]"
-        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-            raise context.refuse(f"{where} is {_describe(turn)}; expected an object with from and value")
-        if turn["from"] not in tuple(SPEAKERS):
-            raise context.refuse(f"{where} is from {turn['from']!r}; expected human or gpt", "wrong_role")
-        text = turn["value"]
-        if not isinstance(text, str):
-            raise context.refuse(f"{where} has a value that is {_describe(text)}; expected a string")
-        _check_text(text, where, context)
-        role = SPEAKERS[turn["from"]]
-        messages.append(Message(role, text if role == "user" else escape_placeholder(text)))
-    return messages
+    """Turns of {"from": human or gpt, "value": text}."""
+    turns = _list(row, key, context)
+    return [_turn(turn, f"{key}[{position}]", SPEAKERS, context) for position, turn in enumerate(turns)]
+
+
+def _turn(turn: object, where: str, speakers: Mapping[str, Role], context: RowContext) -> Message:
+    """What the assistant says never shows an image."""
+    if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+        raise context.refuse(f"{where} is {_describe(turn)}; expected an object with from and value")
+    if turn["from"] not in tuple(speakers):
+        *most, last = speakers
+        raise context.refuse(f"{where} is from {turn['from']!r}; expected {', '.join(most)} or {last}", "wrong_role")
+    text = turn["value"]
+    if not isinstance(text, str):
+        raise context.refuse(f"{where} has a value that is {_describe(text)}; expected a string")
+    _check_text(text, where, context)
+    role = speakers[turn["from"]]
+    return Message(role, text if role == "user" else escape_placeholder(text))
 
 
 def _image_list(row: Row, key: str, context: RowContext) -> list[ImageRef]:

@@ -42,7 +42,7 @@ def account_for(
     """The report, and what must stop the run, most useful first."""
     report = PrepareReport(path, {}, {}, {name: {} for name in verdicts})
     for name, table in verdicts.items():
-        report.sources[name] = _source_account(table)
+        report.sources[name] = _source_account(table, recipe.data[name].expected_rows)
         refused = table.filter(pc.not_equal(table["reason"], ""))
         columns = (refused[column].to_pylist() for column in ("id", "reason", "explanation"))
         for id_, reason, explanation in zip(*columns, strict=True):
@@ -58,12 +58,13 @@ def _counts(column: pa.ChunkedArray | pa.Array) -> dict[str, int]:
     return {entry["values"]: entry["counts"] for entry in sorted(pc.value_counts(column).to_pylist(), key=str)}
 
 
-def _source_account(table: pa.Table) -> dict:
+def _source_account(table: pa.Table, expected_rows: int | None) -> dict:
     kept = table.filter(pc.equal(table["reason"], ""))
     tokens = kept["tokens"].to_numpy()
     p50, p95 = np.percentile(tokens, (50, 95), method="lower").tolist() if len(tokens) else (None, None)
     return {
         "rows": len(table),
+        "expected_rows": expected_rows,
         "kept": len(kept),
         "dropped": _counts(table["reason"].filter(pc.not_equal(table["reason"], ""))),
         "notes": _counts(pc.list_flatten(kept["notes"])),
@@ -154,11 +155,21 @@ def markdown(report: PrepareReport) -> str:
     page.print("# Preparation\n")
     for table in tables(report, box.MARKDOWN):
         page.print(table)
+    for sentence in other_counts(report):
+        page.print(f"\n- {sentence}", markup=False)
     for source, reasons in report.dropped_ids.items():
         for reason, samples in reasons.items():
             first = "; ".join(f"{id_}: {explanation}" for id_, explanation in samples[:3])
             page.print(f"\n- {source}, {reason}, {len(samples):,}: {first}", markup=False)
     return page.file.getvalue()
+
+
+def other_counts(report: PrepareReport) -> Iterator[str]:
+    """One sentence for each source that does not hold the number of rows that the recipe expects of it."""
+    for name, account in report.sources.items():
+        expected = account["expected_rows"]
+        if expected is not None and expected != account["rows"]:
+            yield f"source {name!r} holds {account['rows']:,} rows; the recipe expects {expected:,}"
 
 
 def tables(report: PrepareReport, style: box.Box) -> Iterator[Table]:

@@ -26,8 +26,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from huatuo_vision.inputs.adapters import ImageNameError, adapt, row_id, row_images
 from huatuo_vision.phantom import make_phantom, phantom_folder
-from huatuo_vision.recipe import SourceSpec
-from huatuo_vision.schema import BadSample, ImageRef, Sample, UserError, check_sample
+from huatuo_vision.recipe import OPERATIONAL_SOURCE_KEYS, SourceSpec
+from huatuo_vision.schema import BadSample, ImageRef, OutOfReach, Sample, UserError, check_sample
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,8 @@ PUBMEDVISION_CONFIGS = {
     "captions": "PubMedVision_Original_Caption",
     "chinese": "PubMedVision_Chinese",
 }
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+TABLE_SUFFIXES = (".parquet", ".csv")
+DATA_SUFFIXES = (".json", ".jsonl", *TABLE_SUFFIXES)
 
 # Goes up whenever the same file would be converted differently.
 CONVERSION_VERSION = 1
@@ -85,7 +86,7 @@ class Source:
 
     def content_keys(self, start: int, stop: int) -> str:
         """sha256 over what samples start to stop are made from: spec, rows, size and time (or CRC) of their images."""
-        digest = hashlib.sha256(self.spec.model_dump_json().encode())
+        digest = hashlib.sha256(self.spec.model_dump_json(exclude=set(OPERATIONAL_SOURCE_KEYS)).encode())
         for stored in self._stored(start, stop):
             if self.converted:
                 digest.update(stored["row"])
@@ -209,7 +210,7 @@ def open_source(name: str, spec: SourceSpec, cache_dir: Path) -> Source:
     try:
         return _open(name, spec, Path(cache_dir).absolute())
     except UserError as error:
-        raise UserError(f"data.{name}: {error}") from None
+        raise type(error)(f"data.{name}: {error}") from None
 
 
 def ensure_made(spec: SourceSpec, cache_dir: Path) -> None:
@@ -230,12 +231,12 @@ def _open(name: str, spec: SourceSpec, cache_dir: Path) -> Source:
     else:
         files = _data_files(spec, cache_dir)
         root = root or files[0].parent
-        if files[0].suffix == ".parquet":
-            rows = _parquet_rows(files, cache_dir)
+        if files[0].suffix in TABLE_SUFFIXES:
+            rows = _table_rows(files, cache_dir)
         else:
             rows = Dataset.from_file(str(_converted(files[0], spec, cache_dir)))
     if root is not None and not root.is_dir():
-        raise UserError(f"image_root {root} is not a folder; correct it or download the images")
+        raise OutOfReach(f"image_root {root} is not a folder; correct it or download the images")
     if len(rows) == 0:
         raise UserError(f"{spec.hub_id or files[0]} holds no rows")
     images = ImageFinder(
@@ -243,13 +244,15 @@ def _open(name: str, spec: SourceSpec, cache_dir: Path) -> Source:
         members=None if root is None else _member_index(root, cache_dir),
         by_basename=spec.adapter == "pubmedvision",
     )
-    converted = bool(files) and files[0].suffix != ".parquet"
+    converted = bool(files) and files[0].suffix not in TABLE_SUFFIXES
     return Source(name, spec, rows.with_format("arrow"), converted, images, tuple(map(str, files)), revision)
 
 
 def _data_files(spec: SourceSpec, cache_dir: Path) -> tuple[Path, ...]:
     if spec.adapter == "phantom":
-        file = phantom_folder(cache_dir, **_phantom_arguments(spec)) / f"{PUBMEDVISION_CONFIGS[spec.config]}.json"
+        # The descriptions' files are named as their configurations.
+        file_name = f"{PUBMEDVISION_CONFIGS.get(spec.config, spec.config)}.json"
+        file = phantom_folder(cache_dir, **_phantom_arguments(spec)) / file_name
         if not file.is_file():
             raise UserError(f"the phantom data is not made yet: {file} does not exist; ensure_made() makes it first")
         return (file,)
@@ -259,7 +262,7 @@ def _data_files(spec: SourceSpec, cache_dir: Path) -> tuple[Path, ...]:
     if path.is_file():
         raise UserError(f"{path} is not a data file by its name; expected one that ends in {', '.join(DATA_SUFFIXES)}")
     if not path.is_dir():
-        raise UserError(f"path {path} does not exist; correct it or download the data")
+        raise OutOfReach(f"path {path} does not exist; correct it or download the data")
     usual = "samples.jsonl"
     if spec.adapter == "pubmedvision":
         usual = f"{PUBMEDVISION_CONFIGS[spec.config]}.json"
@@ -290,7 +293,7 @@ def _hub_rows(spec: SourceSpec) -> tuple[Dataset, str | None]:
         builder.download_and_prepare()
         rows = builder.as_dataset(split=spec.split)
     except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(
+        raise OutOfReach(
             f"{spec.hub_id} (revision {spec.revision or 'main'}, split {spec.split}) cannot be loaded from the Hub: "
             f"{_brief(error)}; check the name, your access (hf auth login) and the connection"
         ) from None
@@ -298,17 +301,22 @@ def _hub_rows(spec: SourceSpec) -> tuple[Dataset, str | None]:
     return rows, commit
 
 
-def _parquet_rows(files: tuple[Path, ...], cache_dir: Path) -> Dataset:
+def _table_rows(files: tuple[Path, ...], cache_dir: Path) -> Dataset:
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
+    names = [str(file) for file in files]
+    cache = str(cache_dir / "tables")
     try:
-        return Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache_dir / "parquet"))
+        if files[0].suffix == ".csv":
+            # "None" and "NA" are answers, not gaps.
+            return Dataset.from_csv(names, cache_dir=cache, keep_default_na=False)
+        return Dataset.from_parquet(names, cache_dir=cache)
     except (OSError, ValueError, DatasetsError) as error:
-        names = f"{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-        raise UserError(
-            f"{names} cannot be read as Parquet ({_brief(error.__cause__ or error)}); copy it again"
-        ) from None
+        shown = f"{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+        kind = "CSV" if files[0].suffix == ".csv" else "Parquet"
+        why = _brief(error.__cause__ or error)
+        raise UserError(f"{shown} cannot be read as {kind} ({why}); copy it again") from None
 
 
 def _converted(path: Path, spec: SourceSpec, cache_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Composes a LLaVA model from a vision encoder, a fresh projector and a language model.
+"""Composes a LLaVA model from a vision encoder, a fresh projector and a language model, or takes a whole one over.
 
 `compose_processor` writes everything but the weights, from configs and tokenizers alone, so a dry run
 downloads no weights; `compose_weights` adds them. The result is a model folder (`model.folder`).
@@ -51,10 +51,11 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from huatuo_vision.model.folder import check_loaded, module_name, replacing, save_model_folder, write_config
-from huatuo_vision.recipe import LanguageModelSpec, ModelSpec, Pretrained, TokenizerSpec, VisionEncoderSpec
-from huatuo_vision.schema import IMAGE_PLACEHOLDER, UserError
+from huatuo_vision.model.folder import check_loaded, load_model, module_name, replacing, save_model_folder, write_config
+from huatuo_vision.recipe import LanguageModelSpec, LlavaSpec, ModelSpec, Pretrained, TokenizerSpec, VisionEncoderSpec
+from huatuo_vision.schema import IMAGE_PLACEHOLDER, OutOfReach, UserError
 
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 
@@ -103,11 +104,15 @@ def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None
     `texts` are what a tokenizer is trained on, where the recipe asks for one of its own. Raises UserError for
     anything that does not fit together or cannot be found.
     """
+    if spec.llava is not None:
+        return _take_over(spec, folder)
     vision_config = _vision_config(spec.vision_encoder)
     text_config = _text_config(spec.language_model)
     family = _ENCODERS[vision_config.model_type]
     _check_features(spec, vision_config)
     image_processor = _image_processor(spec.vision_encoder, vision_config)
+    if texts is not None:
+        texts = _with_role_markers(texts, _template(spec.chat_template))
 
     # An embedding that is still to be made gets the rows that the tokenizer needs, unless the recipe says how many.
     decided = spec.language_model.config is None or "vocab_size" in spec.language_model.config
@@ -119,13 +124,7 @@ def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None
         rows = -(-ids // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
     text_config.vocab_size = rows
-    text_config.architectures = [_LANGUAGE_MODELS[text_config.model_type]]
-    text_config.bos_token_id = tokenizer.bos_token_id
-    text_config.eos_token_id = tokenizer.eos_token_id
-    if text_config.pad_token_id == tokenizer.eos_token_id:
-        # The embedding row of a padding id gets no gradient, and the end of an answer is no padding.
-        text_config.pad_token_id = None
-
+    _name_tokens(text_config, tokenizer)
     patches = (vision_config.image_size // vision_config.patch_size) ** 2
     config = LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
@@ -140,14 +139,69 @@ def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None
         tie_word_embeddings=text_config.tie_word_embeddings,
         dtype=text_config.dtype or torch.float32,
     )
+    _write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
+    return config
+
+
+def _take_over(spec: ModelSpec, folder: Path) -> LlavaConfig:
+    """`compose_processor` for a whole LLaVA: its config and tokenizer, our image processor and template."""
+    source = _source(spec.llava)
+    what, model_type = source.location, _model_type(source)
+    if model_type != "llava":
+        hint = (
+            "; python -m huatuo_vision.model.convert makes one of the original format" if "llava_" in model_type else ""
+        )
+        raise UserError(
+            f"model.llava {what} has the model_type {model_type!r}; expected llava, as transformers has it{hint}"
+        )
+    config = LlavaConfig.from_pretrained(source.location, revision=source.revision)
+    for part, known in ((config.vision_config, _ENCODERS), (config.text_config, _LANGUAGE_MODELS)):
+        if part.model_type not in known:
+            raise UserError(f"model.llava {what} holds a {part.model_type!r}; expected one of {', '.join(known)}")
+    tokenizer = _tokenizer(spec.llava, None, config.text_config.vocab_size, config.text_config.max_position_embeddings)
+    if tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) != config.image_token_index:
+        raise UserError(
+            f"model.llava {what}: its config reads images at id {config.image_token_index}, but its tokenizer has "
+            f"{IMAGE_PLACEHOLDER} at {tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)}; the checkpoint is damaged"
+        )
+    end_of_turn = _check_template(spec.chat_template, tokenizer)
+    _name_tokens(config.text_config, tokenizer)
+    # Checkpoints of transformers 4 keep the encoder's dtype and the text's apart; here one is named for all.
+    config.dtype = config.dtype or config.text_config.dtype or torch.float32
+    image_processor = _image_processor(spec.llava, config.vision_config)
+    _write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
+    return config
+
+
+def _template(name: str) -> str:
+    return (CHAT_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _name_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    text_config.architectures = [_LANGUAGE_MODELS[text_config.model_type]]
+    text_config.bos_token_id = tokenizer.bos_token_id
+    text_config.eos_token_id = tokenizer.eos_token_id
+    if text_config.pad_token_id == tokenizer.eos_token_id:
+        # The embedding row of a padding id gets no gradient, and the end of an answer is no padding.
+        text_config.pad_token_id = None
+
+
+def _write_folder(
+    folder: Path,
+    config: LlavaConfig,
+    image_processor: LlavaImageProcessorPil,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    end_of_turn: int,
+) -> None:
     stop_ids = list(dict.fromkeys((end_of_turn, tokenizer.eos_token_id)))
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=vision_config.patch_size,
-        num_additional_image_tokens=family.class_tokens,
-        vision_feature_select_strategy=spec.feature_strategy,
-        chat_template=(CHAT_TEMPLATES / f"{spec.chat_template}.jinja").read_text(encoding="utf-8"),
+        patch_size=config.vision_config.patch_size,
+        num_additional_image_tokens=_ENCODERS[config.vision_config.model_type].class_tokens,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=_template(chat_template),
     )
     with replacing(folder) as new:
         write_config(new, config)
@@ -157,7 +211,6 @@ def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None
             pad_token_id=tokenizer.pad_token_id,
         ).save_pretrained(new)
         _write_processor(new, processor)
-    return config
 
 
 def compose_weights(spec: ModelSpec, folder: Path, seed: int) -> None:
@@ -167,6 +220,11 @@ def compose_weights(spec: ModelSpec, folder: Path, seed: int) -> None:
     same weights. The process's random state is left as it was. Raises UserError where a checkpoint is not whole.
     """
     config = AutoConfig.from_pretrained(folder)
+    if spec.llava is not None:
+        source = _source(spec.llava)
+        model = load_model(source.location, dtype="auto", revision=source.revision)
+        save_model_folder(folder, model.state_dict(), config, source_folder=folder)
+        return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         language_model = _language_model(spec.language_model, config.text_config)
@@ -188,7 +246,7 @@ def resolve_revision(spec: Pretrained) -> str | None:
     try:
         return Path(hf_hub_download(spec.id, file, revision=spec.revision)).parent.name
     except GatedRepoError:
-        raise UserError(
+        raise OutOfReach(
             f"{spec.id} is gated: accept its terms on https://huggingface.co/{spec.id}, "
             "then log in with `hf auth login`"
         ) from None
@@ -201,7 +259,7 @@ def resolve_revision(spec: Pretrained) -> str | None:
             f"{spec.id} has no revision {spec.revision!r} on the Hub; check the branch, tag or commit"
         ) from None
     except LocalEntryNotFoundError:
-        raise UserError(
+        raise OutOfReach(
             f"{wanted} is not in the local cache and the Hub cannot be reached; "
             f"download it first (`hf download {spec.id}`) or give a local path"
         ) from None
@@ -225,7 +283,9 @@ def _source(spec: Pretrained) -> _Source:
     if spec.id is not None:
         return _Source(spec.id, resolve_revision(spec))
     if not Path(spec.path).is_dir():
-        raise UserError(f"path {spec.path} is not a folder; expected a model in transformers' format")
+        made_by = getattr(spec, "made_by", None)
+        how = f"; train it first: accelerate launch train.py --recipe {made_by}" if made_by else ""
+        raise OutOfReach(f"path {spec.path} is not a folder; expected a model in transformers' format{how}")
     return _Source(spec.path)
 
 
@@ -237,7 +297,7 @@ def _model_type(source: _Source) -> str:
     return str(values.get("model_type"))
 
 
-def _from_values(values: dict[str, Any], part: str) -> PreTrainedConfig:
+def config_from_values(values: dict[str, Any], part: str) -> PreTrainedConfig:
     """A config from a recipe's own values. transformers would take a misspelt key as one more attribute."""
     values = copy.deepcopy(values)  # transformers completes a rope_scaling in place, and the recipe is frozen
     config_class = type(AutoConfig.for_model(values.pop("model_type")))
@@ -271,7 +331,7 @@ def _vision_config(spec: VisionEncoderSpec) -> CLIPVisionConfig | SiglipVisionCo
         )
     config_class = _ENCODERS[model_type].config
     if spec.config is not None:
-        return _from_values(spec.config | {"model_type": config_class.model_type}, "vision_encoder")
+        return config_from_values(spec.config | {"model_type": config_class.model_type}, "vision_encoder")
     return config_class.from_pretrained(source.location, revision=source.revision)
 
 
@@ -287,7 +347,7 @@ def _text_config(spec: LanguageModelSpec) -> PreTrainedConfig:
             "(Yi is llama, Qwen2.5 is qwen2)"
         )
     if spec.config is not None:
-        return _from_values(spec.config, "language_model")
+        return config_from_values(spec.config, "language_model")
     return AutoConfig.from_pretrained(source.location, revision=source.revision)
 
 
@@ -305,12 +365,12 @@ def _check_features(spec: ModelSpec, vision_config: PreTrainedConfig) -> None:
         )
 
 
-def _image_processor(spec: VisionEncoderSpec, vision_config: PreTrainedConfig) -> LlavaImageProcessorPil:
+def _image_processor(spec: VisionEncoderSpec | LlavaSpec, vision_config: PreTrainedConfig) -> LlavaImageProcessorPil:
     """The encoder's own preprocessing after padding to a square in its mean colour, as LLaVA-1.5 does."""
     image_processor_class = _ENCODERS[vision_config.model_type].image_processor
     side = vision_config.image_size
     square = {"height": side, "width": side}
-    if spec.config is not None:
+    if isinstance(spec, VisionEncoderSpec) and spec.config is not None:
         own = image_processor_class(size=square, crop_size=square)
     else:
         source = _source(spec)
@@ -341,17 +401,18 @@ def _image_processor(spec: VisionEncoderSpec, vision_config: PreTrainedConfig) -
 
 
 def _tokenizer(
-    spec: LanguageModelSpec, texts: Iterator[str] | None, rows: int | None, max_length: int
+    spec: LanguageModelSpec | LlavaSpec, texts: Iterator[str] | None, rows: int | None, max_length: int
 ) -> PreTrainedTokenizerFast:
     """The language model's tokenizer with `<image>` in it. `rows`: of the embedding, None where still to be decided."""
     named: dict[str, str] = {}
-    if spec.tokenizer is not None and spec.tokenizer.vocab_size is not None:
+    apart = spec.tokenizer if isinstance(spec, LanguageModelSpec) else None
+    if apart is not None and apart.vocab_size is not None:
         if texts is None:
             raise ValueError("a recipe with tokenizer.vocab_size needs texts to train the tokenizer on")
-        backend = _train_tokenizer(texts, spec.tokenizer.vocab_size)
+        backend = _train_tokenizer(texts, apart.vocab_size)
         named = {"eos_token": _EOS, "pad_token": _PAD}
     else:
-        source = _source(spec.tokenizer or spec)
+        source = _source(apart or spec)
         try:
             # Not AutoTokenizer: for some model types it rebuilds tokenizer.json's pipeline, or takes tekken.json's.
             original = PreTrainedTokenizerFast.from_pretrained(source.location, revision=source.revision)
@@ -368,7 +429,7 @@ def _tokenizer(
     backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     backend.no_padding()
     backend.no_truncation()
-    if spec.config is not None and rows is not None and backend.get_vocab_size() > rows:
+    if apart is not None and rows is not None and backend.get_vocab_size() > rows:
         raise UserError(
             f"model.language_model.config.vocab_size is {rows} but the tokenizer has {backend.get_vocab_size()} "
             f"ids with {IMAGE_PLACEHOLDER}; leave vocab_size out"
@@ -383,6 +444,15 @@ def _tokenizer(
 
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def _with_role_markers(texts: Iterator[str], template: str) -> Iterator[str]:
+    """The texts, and beside each what the template writes around a turn: markers in plain text become few tokens."""
+    turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    (markers,), _ = render_jinja_template(conversations=[turn], chat_template=template, eos_token="", bos_token="")
+    for text in texts:
+        yield text
+        yield markers
 
 
 def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from huatuo_vision.recipe import LoraSpec, TrainSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import LlavaConfig
 
 # Bytes that one decoder layer keeps for the backward, per token: (per h, per d_kv, per f). Measured on Llama layers
@@ -155,6 +156,14 @@ def step_flops(
     if train.lora:
         flops += 6 * shape.lora_weights(train.lora) * tokens
     return flops
+
+
+def sample_cost(
+    shape: ModelShape, train: TrainSpec, tokens: np.ndarray, targets: np.ndarray, images: np.ndarray
+) -> np.ndarray:
+    """(n,) FLOPs of training on each of n samples: what rows are balanced by."""
+    tokens, targets, images = (array.astype("float64") for array in (tokens, targets, images))
+    return step_flops(shape, train, tokens=tokens, squared_lengths=tokens**2, targets=targets, images=images)
 
 
 def memory_estimate(

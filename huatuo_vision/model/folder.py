@@ -168,6 +168,7 @@ def load_model(
     folder: Path | str,
     *,
     dtype: torch.dtype | str,
+    revision: str = "main",
     model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration,
     quantization_config: Any = None,
     device_map: Any = None,
@@ -191,6 +192,7 @@ def load_model(
     try:
         model, info = model_class.from_pretrained(
             folder,
+            revision=revision,
             dtype=dtype,
             quantization_config=quantization_config,
             device_map=device_map,

@@ -21,7 +21,7 @@ from huatuo_vision.inputs.prepare import Pool
 from huatuo_vision.inputs.rows import PlannedRows
 from huatuo_vision.inputs.sources import Source
 from huatuo_vision.model.attention import choose_attention
-from huatuo_vision.model.flops import ModelShape, step_flops
+from huatuo_vision.model.flops import ModelShape, sample_cost, step_flops
 from huatuo_vision.model.folder import load_model, save_model_folder
 from huatuo_vision.model.llava import PackedLlava, recompute
 from huatuo_vision.model.merge import save_adapter
@@ -61,7 +61,7 @@ def plan_phase(
         pool.tokens,
         pool.images,
         pool.targets,
-        sample_cost(shape, phase, pool),
+        sample_cost(shape, phase.train, pool.tokens, pool.targets, pool.images),
         global_batch_size=phase.global_batch_size,
         world_size=world_size,
         epochs=phase.epochs,
@@ -70,12 +70,6 @@ def plan_phase(
         seed=recipe.seed,
     )
     return PhaseData(pool, plan, sources, encoder, shape)
-
-
-def sample_cost(shape: ModelShape, phase: PhaseSpec, pool: Pool) -> np.ndarray:
-    """(n,) FLOPs of training on each sample: what rows are balanced by."""
-    tokens, targets, images = (array.astype(np.float64) for array in (pool.tokens, pool.targets, pool.images))
-    return step_flops(shape, phase.train, tokens=tokens, squared_lengths=tokens**2, targets=targets, images=images)
 
 
 def run_phase(recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path, console: Console) -> dict[str, Any]:

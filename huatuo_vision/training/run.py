@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -46,14 +47,26 @@ def cache_folder() -> Path:
 
 
 def train(
-    recipe: Recipe, out: Path, *, phases: Sequence[str], fresh: bool, overrides: Sequence[str], console: Console
+    recipe: Recipe,
+    out: Path,
+    *,
+    phases: Sequence[str],
+    fresh: bool,
+    reuse: Path | None,
+    overrides: Sequence[str],
+    console: Console,
 ) -> Path | None:
-    """Train the named phases of a recipe in `out`. Returns `out/final` when the recipe's last phase is finished."""
+    """Train the named phases of a recipe in `out`. Returns `out/final` when the recipe's last phase is finished.
+
+    reuse: another run folder, whose finished phases are taken over as far as they are the recipe's own.
+    """
     state = start_processes()
     prepare_trackers(recipe.report_to, console)
     with _only_run_in(out, state.is_main_process):
         if state.is_main_process:
             _open_folder(recipe, out, fresh, overrides, console)
+            if reuse is not None:
+                _take_over(recipe, out, reuse, console)
             _compose_base(recipe, out, console)
             encoder = Encoder(out / "base")
             report = prepare(recipe, phases, encoder, cache_folder(), out, console)
@@ -85,7 +98,7 @@ def train(
         if not is_finished(out / last):
             return None
         if state.is_main_process:
-            _link_final(out / last / "model", out / "final")
+            _link_folder(out / last / "model", out / "final")
             plot_losses(out / "log.jsonl", out / "loss.png", recipe.name)
             _print_summary(recipe, out, console)
         state.wait_for_everyone()
@@ -93,22 +106,22 @@ def train(
 
 
 def open_sources(recipe: Recipe, phases: Sequence[str]) -> dict[str, Source]:
-    return {name: open_source(name, recipe.data[name], cache_folder()) for name in _sources_of(recipe, phases)}
+    return {name: open_source(name, recipe.data[name], cache_folder()) for name in sources_of(recipe, phases)}
 
 
 def recipe_texts(recipe: Recipe) -> Iterator[str]:
-    """All text that the recipe trains on, for a tokenizer trained from it."""
-    every_phase = tuple(recipe.phases)
-    for name in _sources_of(recipe, every_phase):
-        ensure_made(recipe.data[name], cache_folder())
-    return itertools.chain.from_iterable(source.texts() for source in open_sources(recipe, every_phase).values())
+    """All text under the recipe's `data`, for a tokenizer trained from it: the same for every phase that uses some."""
+    for spec in recipe.data.values():
+        ensure_made(spec, cache_folder())
+    sources = [open_source(name, spec, cache_folder()) for name, spec in recipe.data.items()]
+    return itertools.chain.from_iterable(source.texts() for source in sources)
 
 
 def is_finished(phase_folder: Path) -> bool:
     return read_record(phase_folder / "model") is not None
 
 
-def _sources_of(recipe: Recipe, phases: Sequence[str]) -> list[str]:
+def sources_of(recipe: Recipe, phases: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(entry.source for name in phases for entry in recipe.phases[name].data))
 
 
@@ -162,6 +175,45 @@ def _record(out: Path, **facts: Any) -> dict[str, Any]:
     return record
 
 
+def _take_over(recipe: Recipe, out: Path, donor: Path, console: Console) -> None:
+    """Hard-link into `out` the phases that `donor` has finished and that the recipe would train just so."""
+    for name in recipe.phases:
+        if is_finished(out / name):
+            continue
+        record = read_record(donor / name / "model")
+        if record is None or record["phases"][name]["fingerprint"] != recipe.fingerprint(name):
+            break
+        if not (out / "base").exists():
+            _link_folder(donor / "base", out / "base")
+        for kept in ("recipe.yaml", "data.json"):
+            (out / name).mkdir(exist_ok=True)
+            shutil.copyfile(donor / name / kept, out / name / kept)
+        _copy_log(donor / "log.jsonl", out / "log.jsonl", name)
+        _record(out, phases=read_record(out)["phases"] | {name: record["phases"][name]})
+        discard_checkpoints(out / name)
+        _link_folder(donor / name / "model", out / name / "model")  # last: it marks the phase as finished
+        console.print(f"{name} is taken over from {donor}")
+    first = next(iter(recipe.phases))
+    if is_finished(out / first):
+        return
+    begun = donor / first / "recipe.yaml"
+    differing = differing_keys(load_recipe(begun), recipe, through_phase=first) if begun.exists() else []
+    reason = f"differs in {', '.join(differing)}" if differing else "is not finished"
+    raise UserError(
+        f"--reuse {donor}: phase {first} there {reason}, so there is nothing to take over; leave --reuse out"
+    )
+
+
+def _copy_log(donor: Path, log: Path, phase: str) -> None:
+    """The phase's lines of another run's log, in place of any that are there."""
+    own = log.read_text().splitlines() if log.exists() else []
+    lines = [line for line in own if json.loads(line)["phase"] != phase]
+    lines += [line for line in donor.read_text().splitlines() if json.loads(line)["phase"] == phase]
+    temporary = log.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines))
+    os.replace(temporary, log)
+
+
 def _data_record(recipe: Recipe, phases: Sequence[str], report: Any) -> dict[str, Any]:
     record = {}
     for name, source in open_sources(recipe, phases).items():
@@ -173,15 +225,11 @@ def _data_record(recipe: Recipe, phases: Sequence[str], report: Any) -> dict[str
 def _compose_base(recipe: Recipe, out: Path, console: Console) -> None:
     base = out / "base"
     if not (base / "base.json").exists():
-        console.print("composing the base model (vision encoder, projector, language model)")
+        console.print(f"writing the base model ({', '.join(recipe.model.pretrained)})")
         shutil.rmtree(base, ignore_errors=True)
-        needs_texts = recipe.model.language_model.tokenizer and recipe.model.language_model.tokenizer.vocab_size
-        compose_processor(recipe.model, base, recipe_texts(recipe) if needs_texts else None)
+        compose_processor(recipe.model, base, recipe_texts(recipe) if recipe.model.trains_tokenizer else None)
         compose_weights(recipe.model, base, recipe.seed)
-        parts = {"vision_encoder": recipe.model.vision_encoder, "language_model": recipe.model.language_model}
-        write_json(base / "base.json", {name: _origin(spec) for name, spec in parts.items()})
-    import json
-
+        write_json(base / "base.json", {name: _origin(spec) for name, spec in recipe.model.pretrained.items()})
     _record(out, base_models=json.loads((base / "base.json").read_text()))
 
 
@@ -237,13 +285,13 @@ def _device_name(state: PartialState) -> str:
     return torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else f"CPU ({platform.machine()})"
 
 
-def _link_final(model: Path, final: Path) -> None:
-    """`final` is the last phase's model without the disk space of a copy."""
-    fresh = final.with_name(".final")
+def _link_folder(folder: Path, target: Path) -> None:
+    """The same files under another name, without the disk space of a copy; what is there is replaced."""
+    fresh = target.with_name(f".{target.name}")
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(model, fresh, copy_function=_link_or_copy)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(fresh, final)
+    shutil.copytree(folder, fresh, copy_function=_link_or_copy)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(fresh, target)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -353,6 +353,7 @@ def phantom(folder: Path) -> Path:
 
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "phantom": phantom,
+    "phantom-large": phantom,
     "vqa-rad": short_answers,
     "slake-en": slake,
     "slake-zh": slake,

@@ -158,6 +158,20 @@ def test_every_row_is_accounted_for_with_its_reason_and_id(data, run):
     assert "1 <image> placeholders but the row has 2 images" in explanations["row-9"]
 
 
+def test_another_number_of_rows_than_expected_is_said(data, run):
+    for _ in range(3):
+        data.add()
+    recipe = make_recipe({"s": data})
+    for expected, said in ((3, False), (5, True), (None, False)):
+        spec = recipe.data["s"].model_copy(update={"expected_rows": expected})
+        report = run(recipe.model_copy(update={"data": {"s": spec}}))
+        sentence = "source 's' holds 3 rows; the recipe expects 5"
+        assert (sentence in run.screen) == said
+        assert (sentence in report.path.with_suffix(".md").read_text()) == said
+        assert report.sources["s"]["expected_rows"] == expected
+        assert not run.decoded or expected == 3, "another expectation checks nothing again"
+
+
 def test_the_table_holds_what_was_measured(data, run):
     data.add(images=2, words=7, answer="one two three")
     data.add(images=0, words=1, answer="yes")

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from huatuo_vision.inputs import sources
-from huatuo_vision.inputs.adapters import caption_requests
+from huatuo_vision.inputs.adapters import LETTER_REQUEST, caption_requests
 from huatuo_vision.inputs.images import load_image
 from huatuo_vision.inputs.sources import Source, ensure_made, open_source
 from huatuo_vision.recipe import SourceSpec
@@ -225,6 +225,58 @@ def test_messages_of_both_kinds(folder):
     assert folder.sample(text_only, "messages").images == ()
 
 
+def test_messages_as_sharegpt_has_them_without_ids(folder):
+    chat = [{"from": "system", "value": "Be brief."}, *talk("Which organ?", "The liver, not <image>.")]
+    source = folder.open([{"id": None, "turns": chat}] * 2, "messages", columns={"id": False, "messages": "turns"})
+    sample = source.sample(1)
+    assert sample.id == source.row_id(1) == "row 1"
+    assert [(m.role, m.content) for m in sample.messages] == [
+        ("system", "Be brief."),
+        ("user", "Which organ?"),
+        ("assistant", "The liver, not < image >."),
+    ]
+    chat[0]["from"] = "tool"
+    refusal = folder.refusal({"turns": chat}, "messages", columns={"id": False, "messages": "turns"})
+    assert refusal.reason == "wrong_role" and "turns[0] is from 'tool'; expected human, gpt or system" in str(refusal)
+
+
+QUESTION = {"image": "a.png", "question": "Is <image> there a mass?", "answer": "No"}
+
+
+def test_questions_and_answers(folder):
+    sample = folder.sample(QUESTION, "vqa", columns={"id": False})
+    assert [m.content for m in sample.messages] == ["<image>\nIs < image > there a mass?", "No"]
+    assert sample.id == "row 0"
+
+
+def test_questions_with_options_are_asked_as_in_evaluation(folder):
+    row = QUESTION | {"id": 7, "a": "A: Liver", "b": " B:Spleen ", "answer": "B "}
+    sample = folder.sample(row, "vqa", columns={"options": ["a", "b"]})
+    question, answer = (m.content for m in sample.messages)
+    assert answer == "B"
+    assert question.splitlines()[2:] == ["A. Liver", "B. Spleen", LETTER_REQUEST]
+    letter = Path(sources.__file__).parent.parent / "evaluation/prompts/letter.txt"
+    assert LETTER_REQUEST in letter.read_text()
+    refusal = folder.refusal(row | {"answer": "Spleen"}, "vqa", columns={"options": ["a", "b"]})
+    assert refusal.reason == "malformed_row" and "expected one of A, B" in str(refusal)
+
+
+def test_csv_keeps_answers_that_look_like_gaps(folder):
+    file = folder.path / "train.csv"
+    file.write_text('Figure,Q,A,Answer\na.png,"Which, if any?",None,A\nb.png,"Two\nlines?",NA,A\n')
+    columns = {"id": False, "image": "Figure", "question": "Q", "answer": "Answer", "options": ["A"]}
+    source = folder.open_file(file, "vqa", columns=columns)
+    assert [source.sample(i).messages[0].content.splitlines()[-2] for i in range(2)] == ["A. None", "A. NA"]
+    assert len(source) == 2 and "Which, if any?" in source.sample(0).messages[0].content
+    (folder.path / "empty.csv").write_text("")
+    assert "cannot be read as CSV" in folder.error("vqa", path=str(folder.path / "empty.csv"))
+
+
+def test_columns_that_the_adapter_does_not_read_are_refused():
+    with pytest.raises(ValueError, match="adapter llava reads no columns caption; it takes: none"):
+        SourceSpec(adapter="llava", path="x", columns={"caption": "text"})
+
+
 def test_unicode_and_a_byte_order_mark(folder):
     row = {"id": "病例-1", "images": ["röntgen 胸部.png"], "messages": [
         {"role": "user", "content": "<image>\n什么?"}, {"role": "assistant", "content": "肺 🫁"},
@@ -419,8 +471,8 @@ def test_folders(folder):
 
 def test_paths_that_lead_nowhere(folder):
     assert "does not exist" in folder.error("captions", path=str(folder.path / "nothing"))
-    (folder.path / "a.csv").write_text("id")
-    assert ".parquet" in folder.error("captions", path=str(folder.path / "a.csv"))
+    (folder.path / "a.txt").write_text("id")
+    assert ".parquet" in folder.error("captions", path=str(folder.path / "a.txt"))
     file = folder.write([pubmedvision_row()])
     assert "image_root" in folder.error(**PMV, path=str(file), image_root=str(folder.path / "no"))
 

@@ -213,6 +213,13 @@ def test_a_trained_tokenizer_keeps_to_its_size_and_is_the_same_every_time(tmp_pa
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_trained_tokenizer_knows_the_role_markers(tmp_path: Path) -> None:
+    compose_processor(model_spec(vocab_size=330), tmp_path / "out", iter(TEXTS))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.tokenize("<|user|>") == ["<|", "user", "|>"]
+    assert tokenizer.tokenize("<|assistant|>") == ["<|", "assistant", "|>"]
+
+
 def test_a_config_may_come_with_an_existing_tokenizer(tmp_path: Path) -> None:
     ids = write_tokenizer(tmp_path / "tokenizer")
     language = {"config": language_config("llama"), "tokenizer": {"path": str(tmp_path / "tokenizer")}}
@@ -401,3 +408,43 @@ def test_a_revision_is_resolved_from_the_cache_when_offline(tmp_path: Path, monk
     assert resolve_revision(LanguageModelSpec(path=str(snapshot))) is None
     with pytest.raises(UserError, match="some/other is not in the local cache"):
         resolve_revision(LanguageModelSpec(id="some/other"))
+
+
+def llava_spec(folder: Path, **changes: object) -> ModelSpec:
+    return ModelSpec.model_validate({"llava": {"path": str(folder)}} | changes)
+
+
+@pytest.mark.parametrize(("vision", "layer"), [(CLIP, -1), (SIGLIP, -2)])
+def test_a_llava_checkpoint_is_taken_over_whole(tmp_path, vision, layer):
+    first = composed(model_spec(vision, feature_layer=layer), tmp_path / "first")
+    again = composed(llava_spec(first), tmp_path / "again", seed=1)
+    before, after = load_stock(first), load_stock(again)
+    assert before.state_dict().keys() == after.state_dict().keys()
+    assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items())
+    assert after.config.vision_feature_layer == layer
+    assert torch.equal(logits(before, first), logits(after, again))
+    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"):
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_a_llava_checkpoint_gets_the_recipes_template(tmp_path):
+    first = composed(model_spec(), tmp_path / "first")
+    again = composed(llava_spec(first, chat_template="vicuna"), tmp_path / "again")
+    assert "USER: " in (again / "chat_template.jinja").read_text()
+    with pytest.raises(UserError, match=r"chatml needs <\|im_start\|>"):
+        compose_processor(llava_spec(first, chat_template="chatml"), tmp_path / "third")
+
+
+def test_what_is_no_llava_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a folder; .*; train it first: .*--recipe recipes/r.yaml"):
+        spec = {"llava": {"path": str(tmp_path / "none"), "made_by": "recipes/r.yaml"}}
+        compose_processor(ModelSpec.model_validate(spec), tmp_path / "out")
+    folder = composed(model_spec(), tmp_path / "first")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"image_token_index": 5}))
+    with pytest.raises(UserError, match="reads images at id 5, but its tokenizer has <image> at"):
+        compose_processor(llava_spec(folder), tmp_path / "out")
+    (folder / "config.json").write_text(json.dumps(values | {"model_type": "llava_qwen2"}))
+    with pytest.raises(UserError, match="has the model_type 'llava_qwen2'.*model.convert"):
+        compose_processor(llava_spec(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -115,6 +115,31 @@ def test_killed_at_a_random_step_and_started_again_is_the_uninterrupted_run(laun
     assert log_lines(out, ("phase", "step", "loss")) == log_lines(finished, ("phase", "step", "loss"))
 
 
+def test_finished_phases_of_another_run_are_taken_over(launcher, finished, tmp_path):
+    out = tmp_path / "longer"
+    done = launcher.run(out, "--reuse", str(finished), "--set", "phases.instruct.epochs=2")
+    assert "align is taken over from" in done.stdout and "instruct is taken over" not in done.stdout
+    for name in ("base/model.safetensors", "align/model/model.safetensors"):
+        assert (out / name).samefile(finished / name)
+    align = [line for line in log_lines(finished, ("phase", "step", "loss")) if line[0] == "align"]
+    lines = log_lines(out, ("phase", "step", "loss"))
+    assert lines[: len(align)] == align and len([line for line in lines if line[0] == "instruct"]) > len(align)
+    record, donor = (json.loads((folder / "run.json").read_text())["phases"] for folder in (out, finished))
+    assert record["align"] == donor["align"]
+    assert record["instruct"]["optimizer_steps"] == 2 * donor["instruct"]["optimizer_steps"]
+    # The same command again finds it all there, and the other run is as it was.
+    before = (out / "final/model.safetensors").stat().st_mtime_ns
+    launcher.run(out, "--reuse", str(finished), "--set", "phases.instruct.epochs=2")
+    assert (out / "final/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_that_trains_something_else_is_not_taken_over(launcher, finished, tmp_path):
+    other = launcher.run(tmp_path / "a", "--reuse", str(finished), "--set", "phases.align.epochs=2", code=2)
+    assert "phase align there differs in phases.align.epochs" in " ".join(other.stderr.split())
+    none = launcher.run(tmp_path / "b", "--reuse", str(tmp_path / "nowhere"), code=2)
+    assert "phase align there is not finished" in " ".join(none.stderr.split())
+
+
 def test_resumes_on_another_number_of_processes(launcher, finished, tmp_path):
     out = tmp_path / "moved"
     launcher.run_and_kill(out, lambda: (out / "instruct/checkpoint-5").exists())
@@ -189,6 +214,15 @@ def test_dry_run_counts_and_trains_nothing(launcher, tmp_path):
         assert expected in text, expected
     assert "[16 image tokens]" in text
     assert not (tmp_path / "dry").exists()
+
+
+def test_a_run_goes_on_from_a_llava_checkpoint(launcher, finished, tmp_path):
+    out = tmp_path / "further"
+    start = finished / "final"
+    launcher.run(out, "--set", f"model={{llava: {{path: {start}}}}}", "--phase", "align")
+    assert largest_difference(start, out / "base") == 0
+    assert all(name.startswith("multi_modal_projector.") for name in changed_parts(start, out / "align/model"))
+    assert json.loads((out / "run.json").read_text())["base_models"] == {"llava": {"path": str(start)}}
 
 
 def test_lora_saves_adapter_and_projector_and_merges(launcher, finished, tmp_path):

@@ -22,6 +22,7 @@ from huatuo_vision.evaluation.rows import by_name
 BENCHMARKS = by_name(
     (
         phantom.PHANTOM,
+        phantom.PHANTOM_LARGE,
         *vqa_rad.BENCHMARKS,
         *slake.BENCHMARKS,
         *pmc_vqa.BENCHMARKS,
