@@ -26,12 +26,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="run folder (default: runs/<recipe name>)")
     parser.add_argument("--fresh", action="store_true", help="start over; an earlier run in the folder is moved aside")
-    parser.add_argument(
-        "--reuse",
-        type=Path,
-        metavar="DIR",
-        help="another run's folder; its finished phases are taken over where the recipe would train just the same",
-    )
     parser.add_argument("--dry-run", action="store_true", help="resolve and count everything, train nothing")
     return parser.parse_args()
 
@@ -56,15 +50,7 @@ def main() -> None:
 
     from huatuo_vision.training.run import train
 
-    final = train(
-        recipe,
-        out,
-        phases=phases,
-        fresh=arguments.fresh,
-        reuse=arguments.reuse,
-        overrides=arguments.set,
-        console=console,
-    )
+    final = train(recipe, out, phases=phases, fresh=arguments.fresh, overrides=arguments.set, console=console)
     if recipe.hub.push != "never" and launched_world().rank == 0:
         push(recipe, out, phases, final, console)
 

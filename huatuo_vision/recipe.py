@@ -45,7 +45,9 @@ PHANTOM_CONFIGS = ("alignment", "instruction", *PHANTOM_DESCRIPTIONS)
 PARTS = ("vision_encoder", "projector", "language_model")
 
 # Keys that do not change what is learnt: they may differ between a run and its continuation.
-OPERATIONAL_KEYS = frozenset({"name", "base", "ablates", "reproduces", "launch", "hub", "report_to", "workers"})
+OPERATIONAL_KEYS = frozenset(
+    {"name", "base", "ablates", "reproduces", "launch", "hub", "report_to", "reuse", "workers"}
+)
 # Nor does what is said of a source's or a checkpoint's origin, for planning before it is there.
 OPERATIONAL_SOURCE_KEYS = frozenset({"expected_rows"})
 OPERATIONAL_LLAVA_KEYS = frozenset({"made_by"})
@@ -473,6 +475,9 @@ class Recipe(Strict):
     workers: int = Field(4, ge=0, description="image-decoding processes per training process; 0 decodes in line")
     hub: HubSpec = HubSpec()
     report_to: tuple[Literal["wandb", "trackio"], ...] = ()
+    reuse: str | None = Field(
+        None, description="another run's folder; its finished phases are taken over where this recipe trains the same"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -626,7 +631,7 @@ def first_sentence(error: ValidationError) -> str:
 
 def _check_ablation(recipe: Recipe, base: Recipe, path: Path) -> None:
     left, right = dict(_flatten(recipe.model_dump(mode="json"))), dict(_flatten(base.model_dump(mode="json")))
-    free = ("name", "base", "ablates", "reproduces", "hub", *recipe.ablates)
+    free = ("name", "base", "ablates", "reproduces", "hub", "reuse", *recipe.ablates)
     undeclared = sorted(
         key
         for key in left.keys() | right.keys()

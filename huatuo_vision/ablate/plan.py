@@ -141,7 +141,7 @@ def _parts(run: Run, loaded: LoadedSet, overrides: Sequence[str]) -> list[Part]:
         train += ["--set", override]
     after: tuple[str, ...] = ()
     if run.donor is not None and not all(run.is_finished(phase) for phase in run.shared):
-        train += ["--reuse", _shown(run.donor.folder)]
+        train += ["--set", f"reuse={_shown(run.donor.folder)}"]
         after = (f"train-{run.donor.name}",)
     trained = run.is_trained
     parts = [Part(f"train-{run.name}", "train", tuple(train), after, trained)]

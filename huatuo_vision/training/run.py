@@ -47,26 +47,16 @@ def cache_folder() -> Path:
 
 
 def train(
-    recipe: Recipe,
-    out: Path,
-    *,
-    phases: Sequence[str],
-    fresh: bool,
-    reuse: Path | None,
-    overrides: Sequence[str],
-    console: Console,
+    recipe: Recipe, out: Path, *, phases: Sequence[str], fresh: bool, overrides: Sequence[str], console: Console
 ) -> Path | None:
-    """Train the named phases of a recipe in `out`. Returns `out/final` when the recipe's last phase is finished.
-
-    reuse: another run folder, whose finished phases are taken over as far as they are the recipe's own.
-    """
+    """Train the named phases of a recipe in `out`. Returns `out/final` when the recipe's last phase is finished."""
     state = start_processes()
     prepare_trackers(recipe.report_to, console)
     with _only_run_in(out, state.is_main_process):
         if state.is_main_process:
             _open_folder(recipe, out, fresh, overrides, console)
-            if reuse is not None:
-                _take_over(recipe, out, reuse, console)
+            if recipe.reuse is not None:
+                _take_over(recipe, out, Path(recipe.reuse), console)
             _compose_base(recipe, out, console)
             encoder = Encoder(out / "base")
             report = prepare(recipe, phases, encoder, cache_folder(), out, console)
@@ -199,9 +189,7 @@ def _take_over(recipe: Recipe, out: Path, donor: Path, console: Console) -> None
     begun = donor / first / "recipe.yaml"
     differing = differing_keys(load_recipe(begun), recipe, through_phase=first) if begun.exists() else []
     reason = f"differs in {', '.join(differing)}" if differing else "is not finished"
-    raise UserError(
-        f"--reuse {donor}: phase {first} there {reason}, so there is nothing to take over; leave --reuse out"
-    )
+    raise UserError(f"reuse {donor}: phase {first} there {reason}, so there is nothing to take over; remove reuse")
 
 
 def _copy_log(donor: Path, log: Path, phase: str) -> None:

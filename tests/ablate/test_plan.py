@@ -33,7 +33,7 @@ def test_equal_phases_are_trained_once(folder: Path):
     assert shared["tiny-no-alignment-seed0"] == (None, ())
     longer = next(part for part in plan.parts if part.name == "train-tiny-longer-seed1")
     assert longer.after == ("train-tiny-seed1",)
-    assert Path(longer.command[longer.command.index("--reuse") + 1]).name == "tiny-seed1"
+    assert Path(longer.command[-1].removeprefix("reuse=")).name == "tiny-seed1"
 
 
 def test_what_is_finished_is_not_run_again(folder: Path):
@@ -114,7 +114,7 @@ def test_slurm_scripts_wait_for_what_they_need(folder: Path, tmp_path: Path):
     assert lines.index("module load cuda") < len(lines) - 1
     assert re.fullmatch(
         r"accelerate launch --num_processes 8 train.py --recipe \S+tiny-longer.yaml --out \S+tiny-longer-seed0 "
-        r"--set seed=0 --reuse \S+tiny-seed0",
+        r"--set seed=0 --set reuse=\S+tiny-seed0",
         lines[-1],
     )
     write_slurm(plan, tmp_path / "jobs", ["set.yaml"], Console(quiet=True))

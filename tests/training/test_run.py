@@ -117,7 +117,7 @@ def test_killed_at_a_random_step_and_started_again_is_the_uninterrupted_run(laun
 
 def test_finished_phases_of_another_run_are_taken_over(launcher, finished, tmp_path):
     out = tmp_path / "longer"
-    done = launcher.run(out, "--reuse", str(finished), "--set", "phases.instruct.epochs=2")
+    done = launcher.run(out, "--set", f"reuse={finished}", "--set", "phases.instruct.epochs=2")
     assert "align is taken over from" in done.stdout and "instruct is taken over" not in done.stdout
     for name in ("base/model.safetensors", "align/model/model.safetensors"):
         assert (out / name).samefile(finished / name)
@@ -129,14 +129,14 @@ def test_finished_phases_of_another_run_are_taken_over(launcher, finished, tmp_p
     assert record["instruct"]["optimizer_steps"] == 2 * donor["instruct"]["optimizer_steps"]
     # The same command again finds it all there, and the other run is as it was.
     before = (out / "final/model.safetensors").stat().st_mtime_ns
-    launcher.run(out, "--reuse", str(finished), "--set", "phases.instruct.epochs=2")
+    launcher.run(out, "--set", f"reuse={finished}", "--set", "phases.instruct.epochs=2")
     assert (out / "final/model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_run_that_trains_something_else_is_not_taken_over(launcher, finished, tmp_path):
-    other = launcher.run(tmp_path / "a", "--reuse", str(finished), "--set", "phases.align.epochs=2", code=2)
+    other = launcher.run(tmp_path / "a", "--set", f"reuse={finished}", "--set", "phases.align.epochs=2", code=2)
     assert "phase align there differs in phases.align.epochs" in " ".join(other.stderr.split())
-    none = launcher.run(tmp_path / "b", "--reuse", str(tmp_path / "nowhere"), code=2)
+    none = launcher.run(tmp_path / "b", "--set", f"reuse={tmp_path / 'nowhere'}", code=2)
     assert "phase align there is not finished" in " ".join(none.stderr.split())
 
 
