@@ -17,10 +17,8 @@ import io
 import ipaddress
 import os
 import time
-import zipfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -33,7 +31,7 @@ from huatuo_vision.evaluation.answers import progress_bar, response_of
 from huatuo_vision.evaluation.protocols import Protocol
 from huatuo_vision.evaluation.responses import append, finished
 from huatuo_vision.evaluation.rows import Row
-from huatuo_vision.inputs.images import load_image
+from huatuo_vision.inputs.images import load_image, read_encoded
 from huatuo_vision.schema import ImageRef, UserError, escape_placeholder
 
 RESPONSES_FILE = "responses.endpoint.jsonl"
@@ -50,6 +48,11 @@ Item = TypeVar("Item")
 def identity(model: str, base_url: str) -> str:
     """Which model answered: the endpoint's host and the name it is asked for by."""
     return f"{_host(base_url)}/{model}"
+
+
+def check_address(base_url: str) -> None:
+    """Raises UserError for a URL that is none, and where the endpoint behind it needs a key that is not set."""
+    _api_key(base_url)
 
 
 def answer(
@@ -112,27 +115,13 @@ def data_uri(ref: ImageRef, row_id: str) -> str:
     Endpoints can't be trusted with the rest: most refuse TIFF, and 16-bit radiographs come out white.
     """
     loaded = load_image(ref, row_id)
-    encoded = _stored_bytes(ref)
+    encoded = read_encoded(ref, row_id)
     kind = next((kind for start, kind in _SENT_AS_THEY_ARE.items() if encoded.startswith(start)), None)
     if kind is None or loaded.notes:
         png = io.BytesIO()
         loaded.image.save(png, format="PNG")
         kind, encoded = "image/png", png.getvalue()
     return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
-
-
-def _stored_bytes(ref: ImageRef) -> bytes:
-    """Of an image that `load_image` has read, so that it is there and no larger than allowed."""
-    if ref.data is not None:
-        return ref.data
-    if ref.path is not None:
-        return Path(ref.path).read_bytes()
-    return _archive(ref.archive).read(ref.member)
-
-
-@lru_cache(maxsize=64)
-def _archive(path: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +214,10 @@ async def _ask_all(
             except (openai.OpenAIError, NotAnAnswer) as error:
                 failed.append((item, error))
                 failed_in_a_row += 1
-                fatal = fatal or isinstance(
-                    error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
-                )
+                # Where no connection was ever had, the others would only wait for the same.
+                is_down = done == 0 and type(error) is openai.APIConnectionError
+                refused = openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
+                fatal = fatal or is_down or isinstance(error, refused)
             else:
                 done += 1
                 failed_in_a_row = 0
@@ -256,10 +246,10 @@ def _host(base_url: str) -> str:
 
 
 def _api_key(base_url: str) -> str:
+    host = _host(base_url)
     key = os.environ.get("OPENAI_API_KEY")
     if key:
         return key
-    host = _host(base_url)
     if not _is_local(urlsplit(base_url).hostname):
         raise UserError(f"the endpoint {host} wants a key; set the environment variable OPENAI_API_KEY")
     return "none"  # servers on one's own machines ask for none, but the client does
