@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(LAUNCH) eval.py --model runs/phantom/final --benchmarks phantom --out runs/phantom/eval/blind --blind
 	$(BIN)/python eval.py --compare runs/phantom/eval/sighted runs/phantom/eval/blind --out runs/phantom/eval/report --require-accuracy 0.90 --require-gain 0.40
 
-# The miniature ablations (recipes/mini/README.md): 21 small trainings on synthetic pictures, two at a time. CPU.
+# The miniature ablations (recipes/mini/README.md): 18 small trainings on synthetic pictures, two at a time. CPU, half an hour to an hour.
 ablations: .venv/installed
 	$(BIN)/python -m huatuo_vision.ablate recipes/mini/ablations/alignment.yaml
 	$(BIN)/python -m huatuo_vision.ablate recipes/mini/ablations/construction.yaml

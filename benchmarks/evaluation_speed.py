@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,10 +31,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--alternations", type=int, default=3, metavar="N", help="turns of each side (default: 3)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (default: 1)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at once (default: 32)")
+    parser.add_argument(
+        "--require-ratio", type=float, default=0.0, metavar="R", help="exit with 1 where the median ratio is below it"
+    )
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse_arguments()
     # Read when torch is imported.
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -81,7 +85,8 @@ def main() -> None:
         asked = generate.load(folder / "model", protocol, torch.device("cpu"), blind=False)
         config = asked.model.generation_config
         config.min_new_tokens = config.max_new_tokens = NEW_TOKENS
-        report({"eval.py": ours, "one by one": one_by_one}, asked, rows, folder, args)
+        ratio = report({"eval.py": ours, "one by one": one_by_one}, asked, rows, folder, args)
+    return int(ratio < args.require_ratio)
 
 
 class _Alone:
@@ -96,8 +101,8 @@ def report(
     rows: Sequence[object],
     folder: Path,
     args: argparse.Namespace,
-) -> None:
-    """Measure both sides and show the table. Raises AssertionError where an answer differs."""
+) -> float:
+    """Measure both sides and show the table; the median ratio. Raises AssertionError where an answer differs."""
     from rich.console import Console
     from rich.table import Table
 
@@ -125,12 +130,16 @@ def report(
     table.add_row("ratio", *(f"{ratio:.2f}" for ratio in ratios), f"{statistics.median(ratios):.2f}", style="bold")
     console = Console()
     console.print(table)
-    console.print(f"all {len(rows)} answers are equal; the ratio lies between {_range(ratios)}", highlight=False)
+    ratio = statistics.median(ratios)
+    required = f", required {args.require_ratio:g}" if args.require_ratio else ""
+    said = f"all {len(rows)} answers are equal; eval.py is {ratio:.1f} times as fast{required} ({_range(ratios)})"
+    console.print(said, highlight=False)
+    return ratio
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{min(values):.2f} and {max(values):.2f}"
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,6 +25,11 @@ FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFou
 _DATA_URL = re.compile(r"data:[\w.+/-]*;base64,[A-Za-z0-9+/=]*")
 
 
+def check_address(base_url: str) -> None:
+    """Raises UserError for a URL that is none, and where the endpoint behind it needs a key that is not set."""
+    _api_key(base_url)
+
+
 def connect(base_url: str, *, max_retries: int, timeout: openai.Timeout) -> openai.AsyncOpenAI:
     """A client that retries what may pass (no connection, timeouts, 408, 409, 429, 5xx), minding `Retry-After`.
 

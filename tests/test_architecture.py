@@ -22,7 +22,10 @@ ALLOWED = {
     "inputs": LEAVES,  # knows nothing of models: a data set can be prepared without one
     "model": LEAVES,  # knows nothing of data
     "training": LEAVES | {"inputs", "model"},
-    "evaluation": LEAVES | {"inputs", "model"},  # training and evaluation do not know each other
+    "inference": LEAVES | {"inputs", "model"},
+    "conversation": LEAVES | {"inputs", "model", "inference"},  # measures nothing
+    "chat": LEAVES | {"model", "conversation"},
+    "evaluation": LEAVES | {"inputs", "model", "inference"},  # training and evaluation do not know each other
     "ablate": LEAVES | {"evaluation"},  # starts train.py and eval.py as commands
     "hub": LEAVES,  # called by the entry scripts only
 }
@@ -44,6 +47,8 @@ TORCH_FREE = (
     "evaluation/judges.py",
     "evaluation/protocols.py",
     "evaluation/rows.py",
+    "model/convert.py",
+    "model/official.py",
     "ablate/__main__.py",
     "ablate/set_file.py",
     "ablate/plan.py",
@@ -56,6 +61,7 @@ TORCH_FREE = (
     "schema.py",
     "launch.py",
     "cli.py",
+    "chat.py",
     "phantom.py",
 )
 

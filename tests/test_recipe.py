@@ -81,7 +81,7 @@ def test_every_shipped_recipe_resolves(path, tmp_path):
 
 MEMBERS = [path for path in SHIPPED if yaml.safe_load(path.read_text()).get("base")]
 # What says which experiment it is, not what is learnt.
-FREE = {"name", "base", "ablates", "reproduces", "hub"}
+FREE = {"name", "base", "ablates", "reproduces", "hub", "reuse"}
 
 
 def flat(values: object, prefix: str = "") -> dict[str, object]:

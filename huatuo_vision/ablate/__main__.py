@@ -10,9 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from huatuo_vision.ablate import parts, report, results
-from huatuo_vision.ablate.plan import make_plan, show_plan
-from huatuo_vision.ablate.set_file import load_set
 from huatuo_vision.cli import run_command
 from huatuo_vision.schema import UserError
 
@@ -51,6 +48,12 @@ def main() -> None:
         raise UserError("--set seed=...: the seeds stand in the set file, under seeds")
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: expected 1 or more")
+
+    # Imported here, so that --help and a mistyped flag answer at once.
+    from huatuo_vision.ablate import parts, report, results
+    from huatuo_vision.ablate.plan import make_plan, show_plan
+    from huatuo_vision.ablate.set_file import load_set
+
     loaded = load_set(args.set)
     plan = make_plan(loaded, args.out, args.overrides)
     show_plan(plan, console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def write_reports(out: Path, results: Mapping[str, Any]) -> None:
     write_whole(out / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     plot_differences(results, out / PLOT_FILE)
     values = {"results": results, "overview": overview(results), "printed": printed, "has_printed": has_printed}
+    values["unsure"] = unsure_over_seeds(results)
     values["on_own_benchmarks"] = results["paper"] is not None and not shares_benchmarks(results)
     write_whole(out / "report.md", render_markdown(HERE / "report.md.jinja", plot=PLOT_FILE, **values))
     picture = base64.b64encode((out / PLOT_FILE).read_bytes()).decode()
@@ -62,6 +63,8 @@ def show(results: Mapping[str, Any], out: Path, console: Console) -> None:
         console.print(table)
     for name, entry in results["benchmarks"].items():
         console.print(_table(name, entry, results))
+    for sentence in unsure_over_seeds(results):
+        console.print(Text(sentence), style="bold yellow")
     if results["note"]:
         console.print(Text(results["note"]), style="bold")
     console.print(
@@ -155,6 +158,26 @@ def overview(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | 
         beside = [percent(own) + ("" if paper is None else f" ({paper:.1f})") for own, paper in cells]
         lines.append([label, *beside])
     return header, lines
+
+
+def unsure_over_seeds(results: Mapping[str, Any]) -> list[str]:
+    """The differences that other questions would hardly undo and another training might, in words."""
+    sentences = []
+    for name, entry in results["benchmarks"].items():
+        for label, row in entry["rows"].items():
+            versus = row["versus_base"]
+            if versus is None or versus["ci95_seeds"] is None or _contains_zero(versus["ci95"]):
+                continue
+            if _contains_zero(versus["ci95_seeds"]):
+                sentences.append(
+                    f"{label} on {name}: {points(versus['difference'])} for these trainings, but "
+                    f"{points_interval(versus['ci95_seeds'])} over seeds: another training may undo it."
+                )
+    return sentences
+
+
+def _contains_zero(bounds: Sequence[float]) -> bool:
+    return bounds[0] <= 0 <= bounds[1]
 
 
 def plot_differences(results: Mapping[str, Any], target: Path) -> None:

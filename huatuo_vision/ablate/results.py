@@ -16,7 +16,7 @@ from huatuo_vision.ablate.plan import Plan, Run, evaluation_folder, is_asked_bli
 from huatuo_vision.ablate.set_file import Row
 from huatuo_vision.evaluation import statistics
 from huatuo_vision.evaluation.benchmarks import BENCHMARKS
-from huatuo_vision.evaluation.compare import Paired, pair
+from huatuo_vision.evaluation.compare import Paired, pair, read
 from huatuo_vision.run_record import read_record
 from huatuo_vision.schema import UserError
 
@@ -50,7 +50,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
 def _against_base(plan: Plan, run: Run) -> dict[str, Paired]:
     """The run's answers beside those of the base with the same seed, by benchmark."""
     base = next(other for other in plan.runs if other.row is plan.loaded.base and other.seed == run.seed)
-    _, paired = pair(*(evaluation_folder(one, plan.loaded, blind=False) for one in (run, base)))
+    paired = pair(*(read(evaluation_folder(one, plan.loaded, blind=False)) for one in (run, base)))
     if missing := [name for name in plan.loaded.benchmarks if name not in paired]:
         raise UserError(f"{', '.join(missing)}: no answer can be graded here, so no rows can be compared; leave it out")
     return paired
@@ -100,7 +100,7 @@ def _blind(name: str, row: Row, plan: Plan) -> dict[str, Any] | None:
     if not is_asked_blind(row, plan.loaded):
         return None
     sides = [
-        pair(*(evaluation_folder(run, plan.loaded, blind) for blind in (False, True)))[1][name].right
+        pair(*(read(evaluation_folder(run, plan.loaded, blind)) for blind in (False, True)))[name].right
         for run in plan.runs_of(row)
     ]
     sighted, blind = (float(np.mean([np.mean(side) for side in both])) for both in zip(*sides, strict=True))

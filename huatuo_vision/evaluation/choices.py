@@ -15,6 +15,10 @@ _SENTENCE = 600
 _YES_NO = {"yes": "yes", "no": "no", "是": "yes", "是的": "yes", "否": "no", "不是": "no"}
 
 
+# What a statement names: letters, or None for an option that does not exist.
+Claims = set[str | None]
+
+
 @dataclass(frozen=True)
 class Choices:
     """The options of one question, ready to be looked for in replies. Made by `choices_of`."""
@@ -119,6 +123,16 @@ class Choices:
         """Where option texts stand; of texts within one another the longest only. Articles go where they must."""
         return _mentions(words, self.texts) or _mentions(words, self.without_article)
 
+    def may_mean_longer(self, mention: Mention, words: Words, mentions: Sequence[Mention]) -> bool:
+        """Whether a longer option's words surround a shorter one's text: "upper lobe of the left lung"."""
+        own = self.texts[mention.letter].words
+        elsewhere = {other.letter for other in mentions}
+        said = set(words.sentence_at(mention.start))
+        return any(
+            letter not in elsewhere and len(text.words) > len(own) and set(own) < set(text.words) <= said
+            for letter, text in self.texts.items()
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Mention:
@@ -182,6 +196,7 @@ def _mentions(words: Words, texts: Mapping[str, Words]) -> list[Mention]:
         for letter, option in texts.items()
         if option.words and not is_letter(option)
         for start in _spans(words, option)
+        if not _counts_letters(words, start, option)
     ]
     longest = [
         (start, end, letter)
@@ -190,6 +205,14 @@ def _mentions(words: Words, texts: Mapping[str, Words]) -> list[Mention]:
     ]
     inside = {position for start, end, _ in longest for position in range(start, end)}
     return [Mention(start, end, letter, denied(words, start, end, inside)) for start, end, letter in longest]
+
+
+def _counts_letters(words: Words, start: int, option: Words) -> bool:
+    """Whether an option "Both" or "Neither" is said of letters here: "both A and B"."""
+    if option.words not in {("both",), ("neither",), ("either",)}:
+        return False
+    following = [word for word in words.words[start + 1 : start + 3] if word not in ("option", "options")]
+    return bool(following) and re.fullmatch("[a-z]", following[0]) is not None
 
 
 # --- Denial -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from huatuo_vision.evaluation import statistics
-from huatuo_vision.evaluation.responses import RESPONSES_FILE, read_responses, write_whole
+from huatuo_vision.evaluation.responses import RESPONSES_FILE, Response, read_responses, write_whole
+from huatuo_vision.evaluation.scorers import Verdict
 from huatuo_vision.evaluation.scores import group_indices, is_rotated
 from huatuo_vision.schema import UserError
 
@@ -31,12 +32,21 @@ Comparison = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """An evaluation folder. Rotated rows are left out: they repeat others."""
+    """A finished evaluation folder, read back."""
 
     folder: Path
     scores: Mapping[str, Any]
-    rows: Mapping[str, Mapping[str, Mapping[str, Any]]]  # benchmark -> id -> answer
-    verdicts: Mapping[tuple[str, str], str]  # (benchmark, id) -> "correct" | "wrong" | "unparsed" | "ungraded"
+    answers: Sequence[Response]
+    verdicts: Sequence[Verdict]  # one for each answer
+
+    @property
+    def rows(self) -> dict[str, dict[str, tuple[Response, str]]]:
+        """benchmark -> id -> answer and verdict. Rotated rows are left out: they repeat others."""
+        found: dict[str, dict[str, tuple[Response, str]]] = {}
+        for answer, verdict in zip(self.answers, self.verdicts, strict=True):
+            if not is_rotated(answer):
+                found.setdefault(answer["benchmark"], {})[answer["id"]] = (answer, verdict.verdict)
+        return found
 
     @property
     def whose(self) -> str:
@@ -65,14 +75,14 @@ class Paired:
         return [verdict == "correct" for verdict in self.a], [verdict == "correct" for verdict in self.b]
 
 
-def compare(a: Path, b: Path) -> Comparison:
-    """The content of comparison.json, from two evaluation folders. Differences are a - b.
+def compare(a: Result, b: Result) -> Comparison:
+    """The content of comparison.json. Differences are a - b.
 
     Raises:
-        UserError where a file is missing or broken, where a is the blind one, where both the model and the blindness
-        differ, and where the two have no benchmark in common or differ in protocol, rows, options or gold answers.
+        UserError where a is the blind one, where both the model and the blindness differ, and where the two have no
+        benchmark in common or differ in protocol, rows, options or gold answers.
     """
-    results, paired = pair(a, b)
+    results, paired = (a, b), pair(a, b)
     entries = {name: _entry(rows) | {"groups": _groups(rows)} for name, rows in paired.items()}
     corrected = statistics.holm([entry["p"] for entry in entries.values()])
     for (name, entry), p in zip(entries.items(), corrected, strict=True):
@@ -100,40 +110,39 @@ def compare(a: Path, b: Path) -> Comparison:
     }
 
 
-def pair(a: Path, b: Path) -> tuple[tuple[Result, Result], dict[str, Paired]]:
-    """Two evaluation folders and, by benchmark, the graded rows that both have. Raises UserError as `compare` does."""
-    results = _read(a), _read(b)
-    _kind(*results)
-    names = [name for name in results[0].scores["benchmarks"] if name in results[1].scores["benchmarks"]]
+def pair(a: Result, b: Result) -> dict[str, Paired]:
+    """The graded rows that both have, by benchmark. Raises UserError as `compare` does."""
+    _kind(a, b)
+    names = [name for name in a.scores["benchmarks"] if name in b.scores["benchmarks"]]
     if not names:
-        said = [", ".join(result.scores["benchmarks"]) or "none" for result in results]
-        raise UserError(f"{a} and {b} have no benchmark in common: {said[0]} there, {said[1]} here")
+        said = [", ".join(result.scores["benchmarks"]) or "none" for result in (a, b)]
+        raise UserError(f"{a.folder} and {b.folder} have no benchmark in common: {said[0]} there, {said[1]} here")
     for name in names:
-        _require_same_protocol(name, *results)
-    paired = {name: _pair(name, *results) for name in names}
+        _require_same_protocol(name, a, b)
+    rows_a, rows_b = a.rows, b.rows
+    paired = {name: _pair(name, a, b, rows_a.get(name, {}), rows_b.get(name, {})) for name in names}
     paired = {name: rows for name, rows in paired.items() if rows.rows}
     if not paired:
-        raise UserError(f"{a} and {b} have no graded row in common; their benchmarks hide the answers")
-    return results, paired
+        raise UserError(f"{a.folder} and {b.folder} have no graded row in common; their benchmarks hide the answers")
+    return paired
 
 
-def _read(folder: Path) -> Result:
+def read(folder: Path) -> Result:
+    """A finished evaluation folder. Raises UserError where a file is missing or broken."""
     for name in (SCORES_FILE, RESPONSES_FILE, VERDICTS_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}; eval.py --out {folder} writes it when it is done")
     scores = _read_scores(folder / SCORES_FILE)
-    rows: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for row in read_responses(folder / RESPONSES_FILE):
-        if not is_rotated(row):
-            rows.setdefault(row["benchmark"], {})[row["id"]] = row
+    answers = read_responses(folder / RESPONSES_FILE)
     verdicts = _read_verdicts(folder / VERDICTS_FILE)
-    for name, own in rows.items():
-        if missing := [row_id for row_id in own if (name, row_id) not in verdicts]:
-            raise UserError(
-                f"{folder / VERDICTS_FILE} has no verdict on {len(missing)} answers, first {name} row {missing[0]!r}; "
-                f"score {folder} again"
-            )
-    return Result(folder, scores, rows, verdicts)
+    keys = [(answer["benchmark"], answer["id"]) for answer in answers]
+    if missing := [key for key in keys if key not in verdicts]:
+        name, row_id = missing[0]
+        raise UserError(
+            f"{folder / VERDICTS_FILE} has no verdict on {len(missing)} answers, first {name} row {row_id!r}; "
+            f"score {folder} again"
+        )
+    return Result(folder, scores, answers, [verdicts[key] for key in keys])
 
 
 def _read_scores(path: Path) -> Mapping[str, Any]:
@@ -146,15 +155,15 @@ def _read_scores(path: Path) -> Mapping[str, Any]:
     return scores
 
 
-def _read_verdicts(path: Path) -> dict[tuple[str, str], str]:
+def _read_verdicts(path: Path) -> dict[tuple[str, str], Verdict]:
     verdicts = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line:
             continue
         try:
-            row = json.loads(line)
-            verdicts[row["benchmark"], row["id"]] = row["verdict"]
-        except (ValueError, KeyError, TypeError):
+            verdict = Verdict(**json.loads(line))
+            verdicts[verdict.benchmark, verdict.id] = verdict
+        except (ValueError, TypeError):
             raise UserError(
                 f"{path}, line {number}: no verdict (benchmark, id, verdict); score {path.parent} again"
             ) from None
@@ -190,9 +199,8 @@ def _require_same_protocol(name: str, a: Result, b: Result) -> None:
         )
 
 
-def _pair(name: str, a: Result, b: Result) -> Paired:
-    """The graded rows of one benchmark that both have, in a's order."""
-    rows_a, rows_b = a.rows.get(name, {}), b.rows.get(name, {})
+def _pair(name: str, a: Result, b: Result, rows_a: Mapping[str, Any], rows_b: Mapping[str, Any]) -> Paired:
+    """The graded rows of one benchmark that both have, in a's order. rows: id -> answer and verdict."""
     limited = any(result.scores.get("limit") is not None for result in (a, b))
     common = [row_id for row_id in rows_a if row_id in rows_b]
     if (rows_a.keys() != rows_b.keys() and not limited) or not common:
@@ -202,18 +210,18 @@ def _pair(name: str, a: Result, b: Result) -> Paired:
         )
     for row_id in common:
         for key in ("answer", "options"):
-            one, other = rows_a[row_id][key], rows_b[row_id][key]
+            one, other = rows_a[row_id][0][key], rows_b[row_id][0][key]
             if one != other:
                 said = "gold answer" if key == "answer" else key
                 raise UserError(
                     f"{a.folder} and {b.folder} differ in the {said} of {name} row {row_id!r}: {one!r} and {other!r}; "
                     "evaluate both on the same data"
                 )
-    graded = [row_id for row_id in common if a.verdicts[name, row_id] != "ungraded"]
+    graded = [row_id for row_id in common if rows_a[row_id][1] != "ungraded"]
     return Paired(
-        [rows_a[row_id] for row_id in graded],
-        [a.verdicts[name, row_id] for row_id in graded],
-        [b.verdicts[name, row_id] for row_id in graded],
+        [rows_a[row_id][0] for row_id in graded],
+        [rows_a[row_id][1] for row_id in graded],
+        [rows_b[row_id][1] for row_id in graded],
     )
 
 

@@ -15,10 +15,8 @@ import asyncio
 import base64
 import io
 import time
-import zipfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -29,7 +27,7 @@ from huatuo_vision.evaluation.answers import progress_bar, response_of
 from huatuo_vision.evaluation.protocols import Protocol
 from huatuo_vision.evaluation.responses import append, finished
 from huatuo_vision.evaluation.rows import Row
-from huatuo_vision.inputs.images import load_image
+from huatuo_vision.inputs.images import load_image, read_encoded
 from huatuo_vision.openai_endpoint import FATAL, NotAnAnswer, complete, connect, explained, host_of
 from huatuo_vision.schema import ImageRef, UserError, escape_placeholder
 
@@ -109,27 +107,13 @@ def data_uri(ref: ImageRef, row_id: str) -> str:
     Endpoints can't be trusted with the rest: most refuse TIFF, and 16-bit radiographs come out white.
     """
     loaded = load_image(ref, row_id)
-    encoded = _stored_bytes(ref)
+    encoded = read_encoded(ref, row_id)
     kind = next((kind for start, kind in _SENT_AS_THEY_ARE.items() if encoded.startswith(start)), None)
     if kind is None or loaded.notes:
         png = io.BytesIO()
         loaded.image.save(png, format="PNG")
         kind, encoded = "image/png", png.getvalue()
     return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
-
-
-def _stored_bytes(ref: ImageRef) -> bytes:
-    """Of an image that `load_image` has read, so that it is there and no larger than allowed."""
-    if ref.data is not None:
-        return ref.data
-    if ref.path is not None:
-        return Path(ref.path).read_bytes()
-    return _archive(ref.archive).read(ref.member)
-
-
-@lru_cache(maxsize=64)
-def _archive(path: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +173,9 @@ async def _ask_all(
             except (openai.OpenAIError, NotAnAnswer) as error:
                 failed.append((item, error))
                 failed_in_a_row += 1
-                fatal = fatal or isinstance(error, FATAL)
+                # Where no connection was ever had, the others would only wait for the same.
+                is_down = done == 0 and type(error) is openai.APIConnectionError
+                fatal = fatal or is_down or isinstance(error, FATAL)
             else:
                 done += 1
                 failed_in_a_row = 0

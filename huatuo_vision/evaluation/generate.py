@@ -17,8 +17,6 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     GenerationConfig,
     LlavaForConditionalGeneration,
@@ -28,41 +26,17 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
 )
-from transformers.utils import logging
 
 from huatuo_vision.evaluation.answers import progress_bar, response_of
 from huatuo_vision.evaluation.protocols import Decoding, Protocol
 from huatuo_vision.evaluation.responses import append
 from huatuo_vision.evaluation.rows import Row
+from huatuo_vision.inference import encode_prompts, end_ids, load_for_inference, pad_id
 from huatuo_vision.inputs.images import load_image
-from huatuo_vision.inputs.processor import load_processor
-from huatuo_vision.model.folder import load_model
 from huatuo_vision.schema import UserError, escape_placeholder
-
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def precision_on(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def find_model(model: str) -> Path:
-    """The folder of a model: `model` itself, or a download of that Hub id."""
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        return Path(snapshot_download(model, allow_patterns=MODEL_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"--model {model}: no folder of that name, and not to be had from the Hub ({_brief(error)})"
-        ) from None
-
-
-def _brief(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -103,30 +77,9 @@ class Asked:
 
 def load(folder: Path, protocol: Protocol, device: torch.device, *, blind: bool) -> Asked:
     """Raises UserError where the folder lacks a processor or a weight."""
-    with _no_loading_bars():
-        try:
-            processor = load_processor(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {folder}: no processor can be loaded from it ({_brief(error)})") from None
-        model = load_model(folder, dtype=precision_on(device))
-    processor.tokenizer.padding_side = "left"
-    if (folder / "adapter_config.json").is_file():
-        # The model with the adapter in its layers: generate() reads its settings, not those of PEFT's wrapper.
-        model = model.get_base_model()
-    model = model.to(device).eval()
+    model, processor = load_for_inference(folder, device)
     model.generation_config = _generation_config(protocol.decoding, model, processor)
     return Asked(model, processor, protocol, blind)
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def answer(
@@ -212,7 +165,7 @@ def prepare(asked: Asked, rows: list[Row]) -> Batch:
     """What the processor makes of the rows, but an image that several of them show is decoded and resized once."""
     processor = asked.processor
     prompts = [render_prompt(processor, asked.protocol, row, blind=asked.blind) for row in rows]
-    expanded, pixel_values = prompts, None
+    pixel_values = None
     shown = [] if asked.blind else [(ref, row.id) for row in rows for ref in row.images]
     if shown:
         ids = {ref: row_id for ref, row_id in reversed(shown)}
@@ -220,18 +173,8 @@ def prepare(asked: Asked, rows: list[Row]) -> Batch:
         unique = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         place = {ref: position for position, ref in enumerate(ids)}
         pixel_values = unique[[place[ref] for ref, _ in shown]]
-        image = processor.image_token * features_per_image(processor, *unique.shape[-2:])
-        expanded = [prompt.replace(processor.image_token, image) for prompt in prompts]
-    # The template has written every special token already, the first one of the sequence included.
-    tokens = processor.tokenizer(expanded, padding=True, add_special_tokens=False, return_tensors="pt")
+    tokens = encode_prompts(processor, prompts, pixel_values)
     return Batch(rows, prompts, tokens["input_ids"], tokens["attention_mask"], pixel_values)
-
-
-def features_per_image(processor: LlavaProcessor, height: int, width: int) -> int:
-    """As LlavaProcessor counts them, for an image of this many pixels."""
-    patches = (height // processor.patch_size) * (width // processor.patch_size)
-    class_token_dropped = processor.vision_feature_select_strategy == "default"
-    return patches + processor.num_additional_image_tokens - int(class_token_dropped)
 
 
 def render_prompt(processor: LlavaProcessor, protocol: Protocol, row: Row, *, blind: bool) -> str:
@@ -292,16 +235,13 @@ def _generation_config(
     decoding: Decoding, model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> GenerationConfig:
     # generate() fills what it is not given from the checkpoint's own settings (temperature, repetition penalty),
-    # so these replace them as a whole; only where an answer ends is the checkpoint's knowledge.
-    tokenizer = processor.tokenizer
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # so these replace them as a whole; only where an answer ends, and which ids are no tokens, is its knowledge.
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,  # sampling is `RowNoise` and argmax
-        eos_token_id=sorted(ends),
-        pad_token_id=pad,
+        eos_token_id=end_ids(model, processor),
+        pad_token_id=pad_id(processor),
+        suppress_tokens=model.generation_config.suppress_tokens,
         use_cache=True,
     )
 

@@ -114,13 +114,18 @@ def read_judgement(reply: str) -> str | None:
 def _case(answer: Mapping[str, Any], model: str) -> _Case:
     prompt = render(answer)
     name = json.dumps([answer["benchmark"], answer["id"], model, prompt], ensure_ascii=False)
-    return _Case(answer["benchmark"], answer["id"], prompt, hashlib.sha256(name.encode()).hexdigest()[:16])
+    return _Case(
+        answer["benchmark"],
+        answer["id"],
+        prompt,
+        hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:16],
+    )
 
 
 def render(answer: Mapping[str, Any]) -> str:
     """The text a judge is asked."""
     question, gold = answer["question"], answer["answer"]
-    if answer["options"] is not None:
+    if answer["question_type"] != "open":
         named = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, answer["options"], strict=False)]
         question = "\n".join([question, *named])
         gold = named[string.ascii_uppercase.index(gold)]

@@ -13,8 +13,9 @@ from functools import cache
 
 from sacrebleu.metrics import BLEU
 
-from huatuo_vision.evaluation.parsing import enclosed, said_yes_or_no
-from huatuo_vision.evaluation.words import CJK, clean, normal, refuses
+from huatuo_vision.evaluation.phrases import enclosed
+from huatuo_vision.evaluation.words import CJK, NUMBER_WORDS, UNITS, clean, normal, refuses
+from huatuo_vision.evaluation.yes_no import said_yes_or_no
 
 # What is said before an answer.
 _MARKER = re.compile(
@@ -30,29 +31,6 @@ _WRAPPER = re.compile(
     re.IGNORECASE,
 )
 
-_UNITS = {
-    unit: names[0]
-    for names in (
-        ("%", "percent", "per cent", "percentage"),
-        ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "毫米"),
-        ("cm", "centimeter", "centimeters", "centimetre", "centimetres", "厘米"),
-        ("m", "meter", "meters", "metre", "metres"),
-        ("μm", "um", "micrometer", "micrometers", "micron", "microns"),
-        ("ml", "milliliter", "milliliters", "millilitre", "millilitres"),
-        ("l", "liter", "liters", "litre", "litres"),
-        ("mg", "milligram", "milligrams"), ("g", "gram", "grams"), ("kg", "kilogram", "kilograms"),
-        ("s", "sec", "second", "seconds"),
-        ("min", "minute", "minutes"), ("h", "hr", "hrs", "hour", "hours"), ("day", "days"),
-        ("week", "weeks"), ("month", "months"),
-        ("year", "years", "yr", "yrs"), ("°", "degree", "degrees"), ("°c", "celsius"),
-        ("mmhg",), ("bpm",), ("hu",), ("cc",),
-    )
-    for unit in names
-}  # fmt: skip
-_NUMBER_WORDS = {
-    word: str(value)
-    for value, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
-}
 _QUANTITY = re.compile(r"([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)\s*([^\d\s].*)?")
 
 
@@ -99,7 +77,7 @@ def _agrees(text: str, readings: set[str], gold: str) -> bool:
 
 
 def _in_digits(text: str) -> str:
-    return " ".join(_NUMBER_WORDS.get(word, word) for word in text.split())
+    return " ".join(NUMBER_WORDS.get(word, word) for word in text.split())
 
 
 def _quantity(text: str) -> tuple[float, str] | None:
@@ -109,9 +87,9 @@ def _quantity(text: str) -> tuple[float, str] | None:
     if not match:
         return None
     unit = (match[2] or "").strip()
-    if unit and unit not in _UNITS:
+    if unit and unit not in UNITS:
         return None
-    return float(match[1]), _UNITS.get(unit, "")
+    return float(match[1]), UNITS.get(unit, "")
 
 
 def _items(text: str) -> frozenset[str]:

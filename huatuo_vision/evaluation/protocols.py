@@ -94,7 +94,7 @@ PROTOCOLS = {
             decoding=Decoding(max_new_tokens=32),
             choice_rule="default",
             open_rule="default",
-            rules_version=2,
+            rules_version=3,
             note="Greedy. A reply that does not clearly choose one option is unparsed, and never counted as correct.",
         ),
         Protocol(
@@ -104,7 +104,7 @@ PROTOCOLS = {
             decoding=Decoding(max_new_tokens=256, temperature=0.2, repetition_penalty=1.2, seed=42),
             choice_rule="huatuo-first-letter",
             open_rule="default",
-            rules_version=1,
+            rules_version=2,
             note=(
                 "The paper's rule, defects included: the first standalone letter a to n of the reply counts, "
                 "case-sensitive ('b' is wrong, 'I think C' reads I). The official scorer aborts at a reply without a "
@@ -136,7 +136,7 @@ PROTOCOLS = {
             decoding=Decoding(max_new_tokens=128),
             choice_rule="llava-med-closed",
             open_rule="llava-med-recall",
-            rules_version=1,
+            rules_version=2,
             note=(
                 "LLaVA-Med's published metrics: a closed answer counts where the reply contains the gold word as a "
                 "substring ('abnormal' contains 'no'); the accuracy of open questions is token recall, which rewards "

@@ -144,7 +144,7 @@ def _described(answer: Answer, verdict: Verdict) -> dict[str, Any]:
         "benchmark": answer["benchmark"],
         "id": answer["id"],
         "question": answer["question"],
-        "options": answer["options"],
+        "options": None if answer["question_type"] == "open" else answer["options"],
         "gold": [] if gold == HIDDEN else [gold] if isinstance(gold, str) else list(gold),
         "reply": _cut(answer["response"]),
         "parsed": verdict.parsed,

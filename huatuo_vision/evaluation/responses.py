@@ -80,16 +80,15 @@ def read_header(out: Path) -> Header:
 def take(out: Path, header: Header, rows: Sequence[Response], *, source: Path) -> None:
     """Make `out` the folder of the rows of a file from elsewhere; raises UserError where it holds other answers."""
     target = out / RESPONSES_FILE
-    text = json_lines(rows)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: no folder can be made there ({error.strerror})") from None
-    if target.exists() and target.resolve() != source.resolve() and target.read_text(encoding="utf-8") != text:
+    if target.exists() and target.resolve() != source.resolve() and read_responses(target) != rows:
         raise UserError(f"{target} holds other answers than {source}; give --out a new folder")
     write_whole(out / HEADER_FILE, json.dumps(asdict(header), indent=2) + "\n")
     if not target.exists():
-        write_whole(target, text)
+        write_whole(target, json_lines(rows))
 
 
 def _said(value: object) -> str:
@@ -109,7 +108,7 @@ def read_responses(path: Path) -> list[Response]:
     """The rows of a responses file. Raises UserError naming the line that is no row, or a row that stands twice."""
     rows: dict[Key, Response] = {}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read as UTF-8 text ({error}); give a responses file in JSON Lines") from None
     for number, line in enumerate(text.split("\n"), 1):
@@ -120,7 +119,9 @@ def read_responses(path: Path) -> list[Response]:
             row = json.loads(line)
         except ValueError:
             raise UserError(f"{where}: not JSON; mend or delete the line") from None
-        missing = [name for name in FIELDS if name not in row] if isinstance(row, dict) else FIELDS
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: no object; expected one JSON object a line, with {', '.join(FIELDS)}")
+        missing = [name for name in FIELDS if name not in row]
         if missing:
             raise UserError(f"{where}: without {', '.join(missing)}; a row has {', '.join(FIELDS)}")
         _check_types(row, where)
@@ -176,7 +177,7 @@ def finished(out: Path) -> dict[Key, Response]:
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json_lines(rows))
 
 
@@ -203,5 +204,6 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is never seen half written."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    # Half a surrogate pair, which a cut reply may hold, is no UTF-8; escaped it is JSON and reads back as it was.
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     unfinished.replace(path)

@@ -93,12 +93,14 @@ def answer(question: Question) -> list[Row] | None:
 
 def _answer_by_transformers(question: Question) -> list[Row] | None:
     from huatuo_vision.evaluation import generate, likelihood
+    from huatuo_vision.inference import precision_on
     from huatuo_vision.launch import start_processes
+    from huatuo_vision.model.folder import find_model
 
     # At the last barrier the slowest process may be hours behind; a backend's own limit is minutes.
     world = start_processes(timeout=timedelta(days=7))
     with world.main_process_first():
-        folder = generate.find_model(question.model)
+        folder = find_model(question.model)
         loaded = _load(question)
     rows = _rows(question, loaded)
     if question.scoring == "likelihood":
@@ -107,7 +109,7 @@ def _answer_by_transformers(question: Question) -> list[Row] | None:
         question,
         loaded,
         weights=generate.weights_fingerprint(folder),
-        precision=str(generate.precision_on(world.device)).removeprefix("torch."),
+        precision=str(precision_on(world.device)).removeprefix("torch."),
     )
     if world.is_main_process:
         responses.claim_folder(question.out, header)
@@ -137,7 +139,9 @@ def _answer_by_transformers(question: Question) -> list[Row] | None:
 
 def _answer_by_endpoint(question: Question) -> list[Row]:
     from huatuo_vision.evaluation import endpoint
+    from huatuo_vision.openai_endpoint import check_address
 
+    check_address(question.base_url)  # before gigabytes of data are fetched
     loaded = _load(question)
     rows = _rows(question, loaded)
     header = _header(question, loaded, weights=None, precision=None)
@@ -257,6 +261,12 @@ def _write_submissions(out: Path, answers: Sequence[Mapping[str, Any]], verdicts
 def take_responses(file: Path, out: Path, protocol: Protocol) -> None:
     """Make `out` the evaluation folder of a responses file that came from anywhere; the file itself stays as it is."""
     answers = responses.read_responses(file)
+    if not answers:
+        raise UserError(f"{file} holds no answers, so there is nothing to score")
+    # Before they are taken, so that a mended file can be given with the same --out.
+    for answer in answers:
+        scorers.check(answer)
+        scores.check_extras(answer)
     beside = responses.read_header(file.parent) if (file.parent / responses.HEADER_FILE).exists() else None
     if beside and out.resolve() == file.parent.resolve():
         # Graded where they lie: the folder stays the evaluation that it is, and can be gone on with.
@@ -285,17 +295,17 @@ def take_responses(file: Path, out: Path, protocol: Protocol) -> None:
 
 def compare_folders(a: Path, b: Path, out: Path | None, console: Console) -> compare.Comparison:
     """Set two results side by side; with `out`, write the comparison and the report of `a` with `b` beside it."""
-    comparison = compare.compare(a, b)
+    first, second = compare.read(a), compare.read(b)
+    comparison = compare.compare(first, second)
     if out is not None:
         compare.write_comparison(out, comparison)
-        result, *own = _read_result(a)
-        _, *other = _read_result(b)
         report.write_reports(
             out,
-            result,
-            *own,
+            first.scores,
+            first.answers,
+            first.verdicts,
             comparison=comparison,
-            other=tuple(other),
+            other=(second.answers, second.verdicts),
             picture_folders=[folder / pictures.FOLDER for folder in (a, b)],
         )
     compare.show(comparison, console)
@@ -306,15 +316,6 @@ def _verdict_line(verdict: scorers.Verdict) -> dict[str, Any]:
     """A line of verdicts.jsonl; what only some rows have stands only there."""
     line = asdict(verdict)
     return {key: value for key, value in line.items() if value is not None or key == "parsed"}
-
-
-def _read_result(folder: Path) -> tuple[dict[str, Any], list[responses.Response], list[scorers.Verdict]]:
-    """A finished evaluation folder, read back; `compare` has checked that it is whole."""
-    result = json.loads((folder / compare.SCORES_FILE).read_text(encoding="utf-8"))
-    lines = (folder / compare.VERDICTS_FILE).read_text(encoding="utf-8").splitlines()
-    verdicts = {(v.benchmark, v.id): v for v in (scorers.Verdict(**json.loads(line)) for line in lines)}
-    answers = responses.read_responses(folder / responses.RESPONSES_FILE)
-    return result, answers, [verdicts[answer["benchmark"], answer["id"]] for answer in answers]
 
 
 def protocol_named(name: str) -> Protocol:

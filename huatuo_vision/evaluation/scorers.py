@@ -39,7 +39,7 @@ class Verdict:
 
 def judge(response: Mapping[str, Any], protocol: Protocol) -> Verdict:
     """The verdict on one object of a responses file. Raises UserError for a row that can't be graded."""
-    _check(response)
+    check(response)
     multiple_choice = response["question_type"] == "multiple-choice"
     rule = CHOICE_RULES[protocol.choice_rule] if multiple_choice else OPEN_RULES[protocol.open_rule]
     graded = rule(response)
@@ -53,7 +53,8 @@ def judge(response: Mapping[str, Any], protocol: Protocol) -> Verdict:
     return Verdict(benchmark, row_id, graded.parsed, verdict, graded.chance, graded.metrics)
 
 
-def _check(response: Mapping[str, Any]) -> None:
+def check(response: Mapping[str, Any]) -> None:
+    """Raises UserError for a row that can't be graded."""
     where = f"{response['benchmark']} row {response['id']!r}"
     kind, answer = response["question_type"], response["answer"]
     if not isinstance(response["response"], str):

@@ -114,7 +114,7 @@ def summarise(
     by_name: dict[str, list[tuple[Answer, Verdict]]] = {name: [] for name in facts}
     by_name |= {name: [] for name in sorted({answer["benchmark"] for answer in answers} - facts.keys())}
     for pair in zip(answers, verdicts, strict=True):
-        _check_extras(pair[0])
+        check_extras(pair[0])
         by_name[pair[0]["benchmark"]].append(pair)
     return {
         "schema": 1,
@@ -134,11 +134,11 @@ def _refuse_duplicates(answers: Sequence[Answer]) -> None:
             raise UserError(f"{benchmark} row {row_id!r} is answered {times} times; keep one of its answers")
 
 
-def _check_extras(answer: Answer) -> None:
+def check_extras(answer: Answer) -> None:
     """Raises UserError where an extra key that has a meaning does not keep to it."""
     where = f"{answer['benchmark']} row {answer['id']!r}"
     options = answer["options"]
-    if is_rotated(answer) and not (isinstance(answer.get("rotation_of"), str) and options):
+    if is_rotated(answer) and (not isinstance(answer.get("rotation_of"), str) or is_open(answer) or not options):
         raise UserError(f"{where} has a rotation but no options or no rotation_of; give the id of its original there")
     likelihood = answer.get("likelihood")
     if likelihood is not None and not all(_is_likelihood(likelihood, kind, options) for kind in LIKELIHOODS):
@@ -154,6 +154,11 @@ def _is_likelihood(likelihood: Any, kind: str, options: Sequence[str] | None) ->
         return False
     # Compared this way round, NaN is none.
     return all(isinstance(value, int | float) and 0 <= value <= 1 + 1e-3 for value in values)
+
+
+def is_open(answer: Answer) -> bool:
+    """Whether the row has no options to choose from, whatever stands in its `options`."""
+    return answer["question_type"] == "open"
 
 
 def is_rotated(answer: Answer) -> bool:
@@ -273,7 +278,7 @@ def _expectation(rows: _Rows) -> float | None:
 
 
 def _open_metrics(rows: _Rows) -> dict[str, Any] | None:
-    measured = [i for i, (answer, verdict) in enumerate(rows.pairs()) if answer["options"] is None and verdict.metrics]
+    measured = [i for i, (answer, verdict) in enumerate(rows.pairs()) if is_open(answer) and verdict.metrics]
     if not measured:
         return None
     own = rows.take(measured)
@@ -288,7 +293,7 @@ def _open_metrics(rows: _Rows) -> dict[str, Any] | None:
 
 def _baselines(answers: Sequence[Answer]) -> dict[str, Any] | None:
     """What is reached without reading the question, over the multiple-choice rows."""
-    choices = [answer for answer in answers if answer["options"] is not None]
+    choices = [answer for answer in answers if not is_open(answer)]
     if not choices:
         return None
     n = len(choices)

@@ -167,6 +167,11 @@ def _rescaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
+def read_encoded(ref: ImageRef, sample_id: str) -> bytes:
+    """The picture as it is stored. Raises BadSample: missing_image, image_too_large, unreadable_image."""
+    return _read(ref, partial(_refusal, sample_id, ref))
+
+
 def _read(ref: ImageRef, refuse: Refuse) -> bytes:
     """The encoded bytes, their number checked before any are read."""
     if ref.archive is not None:

@@ -2,18 +2,13 @@
 
 `compose_processor` writes everything but the weights, from configs and tokenizers alone, so a dry run
 downloads no weights; `compose_weights` adds them. The result is a model folder (`model.folder`).
-
-The tokenizer adds no BOS or EOS of its own: what a conversation starts and ends with is written in the
-chat template, so that training, `processor(text=...)` and every engine agree on the ids.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -54,6 +49,16 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from huatuo_vision.model.folder import check_loaded, load_model, module_name, replacing, save_model_folder, write_config
+from huatuo_vision.model.processor import (
+    finished_tokenizer,
+    llava_image_processor,
+    named_tokens,
+    one_line,
+    read_tokenizer,
+    rows_needed,
+    with_image_token,
+    write_processor,
+)
 from huatuo_vision.recipe import LanguageModelSpec, LlavaSpec, ModelSpec, Pretrained, TokenizerSpec, VisionEncoderSpec
 from huatuo_vision.schema import IMAGE_PLACEHOLDER, OutOfReach, UserError
 
@@ -87,13 +92,7 @@ _MARKERS = {
 }
 
 # What the other half of a CLIP or SigLIP checkpoint is called; LLaVA has no use for it.
-_TEXT_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
-
-# Tokens that makers of tokenizers set aside: Llama 3, Gemma-like vocabularies, Mistral 0.3, Mistral Nemo.
-_RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|[<\[]\|?unused_?\d+\|?[>\]]|\[control_\d+\]|<SPECIAL_\d+>")
-
-# New rows of an embedding come in such numbers that matrix kernels run at full speed.
-_VOCAB_MULTIPLE = 64
+TEXT_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 
 _EOS, _PAD = "<|endoftext|>", "<|pad|>"
 
@@ -119,9 +118,7 @@ def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None
     rows = text_config.vocab_size if decided else None
     tokenizer = _tokenizer(spec.language_model, texts, rows, max_length=text_config.max_position_embeddings)
     end_of_turn = _check_template(spec.chat_template, tokenizer)
-    ids = max(tokenizer.get_vocab().values()) + 1
-    if rows is None or ids > rows:
-        rows = -(-ids // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    rows = rows_needed(tokenizer, rows)
 
     text_config.vocab_size = rows
     _name_tokens(text_config, tokenizer)
@@ -210,7 +207,7 @@ def _write_folder(
             eos_token_id=stop_ids if len(stop_ids) > 1 else stop_ids[0],
             pad_token_id=tokenizer.pad_token_id,
         ).save_pretrained(new)
-        _write_processor(new, processor)
+        write_processor(new, processor)
 
 
 def compose_weights(spec: ModelSpec, folder: Path, seed: int) -> None:
@@ -293,7 +290,7 @@ def _model_type(source: _Source) -> str:
     try:
         values, _ = PreTrainedConfig.get_config_dict(source.location, revision=source.revision)
     except OSError as error:
-        raise UserError(f"{source.location} has no readable config.json: {_one_line(error)}") from None
+        raise UserError(f"{source.location} has no readable config.json: {one_line(error)}") from None
     return str(values.get("model_type"))
 
 
@@ -304,7 +301,7 @@ def config_from_values(values: dict[str, Any], part: str) -> PreTrainedConfig:
     try:
         config = config_class(**values)
     except (StrictDataclassError, ValueError) as error:
-        raise UserError(f"model.{part}.config: {_one_line(error)}") from None
+        raise UserError(f"model.{part}.config: {one_line(error)}") from None
     known = {*config_class().to_dict(), *config_class.attribute_map, "rope_theta", "rope_scaling"}
     for key in values:
         if key not in known:
@@ -381,30 +378,13 @@ def _image_processor(spec: VisionEncoderSpec | LlavaSpec, vision_config: PreTrai
                 f"vision encoder {source.location} has no preprocessor_config.json, so its image size and mean are "
                 "unknown; add the one it was trained with"
             ) from None
-    values = own.to_dict()
-    sizes = {values["size"].get(key) for key in ("height", "width", "shortest_edge")} - {None}
-    if values.get("do_center_crop"):
-        sizes |= set(values["crop_size"].values())
-    if sizes != {side}:
-        raise UserError(
-            f"vision encoder {spec.location} takes {side} x {side} pixels but its preprocessor_config.json makes "
-            f"{' or '.join(map(str, sorted(sizes)))}; correct the file"
-        )
-    kept = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-    return LlavaImageProcessorPil(
-        do_pad=True,
-        do_center_crop=bool(values.get("do_center_crop")),
-        crop_size=square,
-        do_convert_rgb=True,
-        **{key: values[key] for key in kept},
-    )
+    return llava_image_processor(own, side, f"vision encoder {spec.location}")
 
 
 def _tokenizer(
     spec: LanguageModelSpec | LlavaSpec, texts: Iterator[str] | None, rows: int | None, max_length: int
 ) -> PreTrainedTokenizerFast:
     """The language model's tokenizer with `<image>` in it. `rows`: of the embedding, None where still to be decided."""
-    named: dict[str, str] = {}
     apart = spec.tokenizer if isinstance(spec, LanguageModelSpec) else None
     if apart is not None and apart.vocab_size is not None:
         if texts is None:
@@ -413,37 +393,15 @@ def _tokenizer(
         named = {"eos_token": _EOS, "pad_token": _PAD}
     else:
         source = _source(apart or spec)
-        try:
-            # Not AutoTokenizer: for some model types it rebuilds tokenizer.json's pipeline, or takes tekken.json's.
-            original = PreTrainedTokenizerFast.from_pretrained(source.location, revision=source.revision)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer.json can be read from {source.location}: {_one_line(error)}") from None
-        if original.eos_token is None:
-            raise UserError(
-                f"the tokenizer of {source.location} has no eos_token, so no answer could end; name one in its "
-                "tokenizer_config.json"
-            )
-        named = {key: original.special_tokens_map[key] for key in _NAMED_TOKENS if key in original.special_tokens_map}
-        named.setdefault("pad_token", named["eos_token"])
-        backend = _with_image_token(original.backend_tokenizer, rows, keep=frozenset(named.values()))
-    backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
-    backend.no_padding()
-    backend.no_truncation()
+        original = read_tokenizer(source.location, source.revision)
+        named = named_tokens(original)
+        backend = with_image_token(original.backend_tokenizer, rows, keep=frozenset(named.values()))
     if apart is not None and rows is not None and backend.get_vocab_size() > rows:
         raise UserError(
             f"model.language_model.config.vocab_size is {rows} but the tokenizer has {backend.get_vocab_size()} "
             f"ids with {IMAGE_PLACEHOLDER}; leave vocab_size out"
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=max_length,
-        padding_side="left",  # batched generation continues from the right end
-        clean_up_tokenization_spaces=False,
-        **named,
-    )
-
-
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return finished_tokenizer(backend, named, max_length)
 
 
 def _with_role_markers(texts: Iterator[str], template: str) -> Iterator[str]:
@@ -474,41 +432,6 @@ def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _with_image_token(tokenizer: Tokenizer, rows: int | None, keep: frozenset[str]) -> Tokenizer:
-    """`<image>` as a special token: on a spare row of the embedding, else for a reserved token, else on a new row.
-
-    Qwen2 has spare rows (151,646 ids, 152,064 rows) and Llama 3 reserved tokens, so neither needs a resize;
-    Yi has neither. `keep`: tokens already in use.
-    """
-    image = AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)
-    added = Tokenizer.from_str(tokenizer.to_str())
-    added.add_special_tokens([image])
-    if rows is None or added.token_to_id(IMAGE_PLACEHOLDER) < rows:
-        return added
-    reserved = [
-        (token_id, token.content)
-        for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items())
-        if _RESERVED.fullmatch(token.content) and token.content not in keep and token_id < rows
-    ]
-    if not reserved:
-        return added
-    token_id, content = reserved[0]
-    pipeline = json.loads(tokenizer.to_str())
-    for token in pipeline["added_tokens"]:
-        if token["id"] == token_id:
-            token |= {
-                "content": IMAGE_PLACEHOLDER,
-                "special": True,
-                "normalized": False,
-                "lstrip": False,
-                "rstrip": False,
-            }
-    vocabulary = pipeline["model"]["vocab"]
-    if content in vocabulary:
-        vocabulary[IMAGE_PLACEHOLDER] = vocabulary.pop(content)
-    return Tokenizer.from_str(json.dumps(pipeline))
-
-
 def _check_template(name: str, tokenizer: PreTrainedTokenizerFast) -> int:
     """The id that ends the assistant's turn. Refuses a template whose markers the tokenizer would cut into pieces."""
     vocabulary = tokenizer.get_vocab()
@@ -524,32 +447,6 @@ def _check_template(name: str, tokenizer: PreTrainedTokenizerFast) -> int:
             f"does not have; templates that fit it: {', '.join(fitting)}"
         )
     return vocabulary[_MARKERS[name][-1]] if name in _MARKERS else tokenizer.eos_token_id
-
-
-def _write_processor(folder: Path, processor: LlavaProcessor) -> None:
-    """The processor's files as both transformers 4.57 and 5.x read them."""
-    tokenizer = processor.tokenizer
-    processor.save_pretrained(folder)
-    # 4.x wants the image processor in a file of its own; with two copies one might be edited and the other read.
-    processor.image_processor.save_pretrained(folder)
-    path = folder / "processor_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    del values["image_processor"]
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    # 4.x knows neither 5.x's tokenizer class nor its list of extra tokens (tokenizer.json has them all), and would
-    # return token_type_ids, which LLaVA's generate refuses.
-    values = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "LlavaProcessor",
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": tokenizer.model_max_length,
-        "padding_side": tokenizer.padding_side,
-        "clean_up_tokenization_spaces": False,
-        **{key: tokenizer.special_tokens_map[key] for key in _NAMED_TOKENS if key in tokenizer.special_tokens_map},
-    }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
 
 
 def _language_model(spec: LanguageModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
@@ -600,7 +497,7 @@ def _vision_encoder(spec: VisionEncoderSpec, config: PreTrainedConfig, dtype: to
         model, info = _load_whole(_ENCODERS[config.model_type].model, source, dtype=dtype, config=config)
     finally:
         logging.set_verbosity(verbosity)
-    check_loaded(source.location, info, ignored=lambda key: key.startswith(_TEXT_TOWER))
+    check_loaded(source.location, info, ignored=lambda key: key.startswith(TEXT_TOWER))
     return model
 
 
@@ -629,11 +526,7 @@ def _load_whole(model_class: Any, source: _Source, **kwargs: Any) -> tuple[PreTr
         )
     except OSError as error:
         raise UserError(
-            f"no safetensors weights can be read from {source.location} at {source.revision} ({_one_line(error)}); "
+            f"no safetensors weights can be read from {source.location} at {source.revision} ({one_line(error)}); "
             "pickled weights are never opened: give the revision of the Hub's safetensors conversion (refs/pr/N, under "
             "Community) or a converted local copy"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

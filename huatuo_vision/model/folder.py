@@ -11,13 +11,15 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -40,6 +42,9 @@ PROCESSOR_FILES = (
 )
 
 MAX_SHARD_SIZE = "5GB"
+
+# What is downloaded of a model on the Hub: never pickles, images or other frameworks' weights.
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt")
 
 # Names of modules in memory (transformers 5) and of tensors on disk.
 _PREFIXES = (
@@ -64,6 +69,21 @@ def module_name(canonical: str) -> str:
         if canonical.startswith(canonical_prefix):
             return module_prefix + canonical.removeprefix(canonical_prefix)
     raise ValueError(f"{canonical} is not the name of a tensor in a LLaVA checkpoint")
+
+
+def find_model(
+    model: str, flag: str = "--model", revision: str | None = None, patterns: Sequence[str] = MODEL_FILES
+) -> Path:
+    """The folder of a model: `model` itself, or a download of that Hub id. A UserError names the `flag`."""
+    if Path(model).is_dir():
+        if revision is not None:
+            raise UserError(f"{flag} {model} is a folder, and only a Hub id has revisions; leave the revision out")
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        brief = str(error).strip().splitlines()[0]
+        raise UserError(f"{flag} {model}: no folder of that name, and not to be had from the Hub ({brief})") from None
 
 
 @contextmanager
@@ -137,31 +157,59 @@ def save_model_folder(folder: Path, state_dict: Mapping[str, Tensor], config: Ll
 
 def check_weights(folder: Path) -> None:
     """Raises RuntimeError unless the tensors on disk are, in name and shape, those of the config's model."""
-    config = AutoConfig.from_pretrained(folder)
+    wrong = differences(expected_shapes(AutoConfig.from_pretrained(folder)), tensor_shapes(folder))
+    if wrong:
+        raise RuntimeError(f"{folder} does not hold the model that its config.json describes: {wrong}")
+
+
+def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of all tensors that a folder of this config holds."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    expected = {
+    return {
         canonical_name(name): tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
-    found = tensor_shapes(folder)
-    wrong = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]),
-    }
-    if any(wrong.values()):
-        raise RuntimeError(f"{folder} does not hold the model that its config.json describes: {_listing(wrong)}")
+
+
+def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """What is wrong with the tensors found, with the first names of each kind; empty when nothing is."""
+    return _listing(
+        {
+            "missing": sorted(expected.keys() - found.keys()),
+            "unexpected": sorted(found.keys() - expected.keys()),
+            "of another shape": sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]),
+        }
+    )
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all tensors in a folder's safetensors files, read from their headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        shapes |= {name: header.shape for name, header in tensor_headers(path).items()}
     return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: none that weights are kept in
+
+
+# As safetensors names them.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def tensor_headers(path: Path) -> dict[str, TensorHeader]:
+    """Name -> shape and dtype of one safetensors file's tensors. Raises SafetensorError for a damaged file."""
+    with safe_open(path, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {
+            name: TensorHeader(tuple(tensor.get_shape()), _DTYPES.get(tensor.get_dtype()))
+            for name, tensor in slices.items()
+        }
 
 
 def load_model(

@@ -18,13 +18,11 @@ from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor, dtype
+    from torch import Tensor
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RUN_FILES = ("recipe.yaml", "run.json")
-
-_DTYPES_ON_DISK = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def save_adapter(
@@ -84,7 +82,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None) -> None:
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    from huatuo_vision.model.folder import canonical_name, load_model, save_model_folder
+    from huatuo_vision.model.folder import canonical_name, load_model, save_model_folder, tensor_headers
 
     model = load_model(base, dtype=AutoConfig.from_pretrained(base).dtype)
     adapted = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)))
@@ -99,27 +97,17 @@ def merge(adapter: Path, out: Path, base: Path | None = None) -> None:
             )
     set_peft_model_state_dict(adapted, weights)
     merged = adapted.merge_and_unload(safe_merge=True)
-    dtypes = _dtypes_on_disk(base)
+    # Where they differ, a model is loaded in the widest, and would be saved larger.
+    on_disk = {
+        name: header.dtype for path in base.glob("*.safetensors") for name, header in tensor_headers(path).items()
+    }
     state_dict = {
-        name: weight.to(dtypes.get(canonical_name(name), weight.dtype)) for name, weight in merged.state_dict().items()
+        name: weight.to(on_disk.get(canonical_name(name), weight.dtype)) for name, weight in merged.state_dict().items()
     }
     save_model_folder(out, state_dict, merged.config, source_folder=adapter)
     for name in RUN_FILES:
         if (adapter / name).is_file():
             shutil.copy2(adapter / name, out / name)
-
-
-def _dtypes_on_disk(folder: Path) -> dict[str, dtype]:
-    """Canonical name -> dtype. Where they differ, a model is loaded in the widest, and would be saved larger."""
-    import torch
-    from safetensors import safe_open
-
-    dtypes = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                dtypes[name] = getattr(torch, _DTYPES_ON_DISK[tensors.get_slice(name).get_dtype()])
-    return dtypes
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from huatuo_vision.ablate.__main__ import main
+from huatuo_vision.cli import run_command
 from tests.ablate.conftest import ROOT, write_set
 from tests.training.conftest import largest_difference
 
@@ -40,18 +42,49 @@ def start(folder: Path, *arguments: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_help_answers_at_once_and_mistakes_are_one_sentence(folder: Path):
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The command in this process: its exit code and what it said."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(
+            sys, "argv", ["ablate", str(folder / "set.yaml"), "--out", str(folder / "runs"), *arguments]
+        )
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+        said = capsys.readouterr()
+        return ended.value.code, said.out + said.err
+
+    return call
+
+
+def test_mistakes_are_one_sentence(folder: Path, here):
     write_set(folder, base="tyni")
-    assert "base 'tyni' is no row" in start(folder, code=2)
+    code, text = here("--plan")
+    assert code == 2 and "error: set" in text and "base 'tyni' is no row" in text
     write_set(folder)
-    assert "the seeds stand in the set file" in start(folder, "--set", "seed=3", code=2)
-    assert "--jobs 0: expected 1 or more" in start(folder, "--jobs", "0", code=2)
+    assert here("--set", "seed=3") == (2, "error: --set seed=...: the seeds stand in the set file, under seeds\n")
+    assert here("--jobs", "0") == (2, "error: --jobs 0: expected 1 or more\n")
 
 
-def test_a_plan_starts_nothing(folder: Path):
+def test_a_plan_starts_nothing_and_slurm_only_writes(folder: Path, here):
     write_set(folder)
-    assert "8 phases to train, 2 taken over" in start(folder, "--plan")
+    code, text = here("--plan")
+    assert code == 0 and "8 phases to train, 2 taken over" in " ".join(text.split())
     assert not (folder / "runs").exists()
+    code, text = here("--slurm", str(folder / "jobs"))
+    assert code == 0 and "15 scripts in" in text
+    assert (folder / "jobs" / "submit.sh").stat().st_mode & 0o100
+    assert not (folder / "runs").exists()
+
+
+def test_help_answers_at_once():
+    """Without what reads a recipe or computes an interval."""
+    command = "import sys; sys.argv = ['ablate', '--help']; import runpy\n"
+    command += "try: runpy.run_module('huatuo_vision.ablate', run_name='__main__')\n"
+    command += "except SystemExit: print(sorted({'scipy', 'pydantic', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--slurm DIR" in done.stdout and done.stdout.endswith("[]\n")
 
 
 @pytest.mark.slow

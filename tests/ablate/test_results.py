@@ -121,7 +121,7 @@ def test_the_sign_flip_test_is_exact():
         assert statistics.sign_flip_p(a, b, cluster) == pytest.approx(by_enumeration([s for s in sums if s]))
 
 
-@pytest.mark.parametrize(("a_only", "b_only"), [(0, 0), (5, 0), (7, 7), (30, 12), (400, 300)])
+@pytest.mark.parametrize(("a_only", "b_only"), [(0, 0), (5, 0), (7, 7), (30, 12), (400, 300), (500, 20)])
 def test_the_sign_flip_test_of_single_rows_is_mcnemars(a_only, b_only):
     a = np.array([1] * a_only + [0] * b_only + [1, 0])
     b = np.array([0] * a_only + [1] * b_only + [1, 0])
@@ -137,6 +137,10 @@ def test_every_report_says_what_the_results_say(folder, tmp_path):
     report.write_reports(plan.out, summary)
     assert json.loads((plan.out / "results.json").read_text()) == summary
     text = (plan.out / "report.md").read_text()
+    unsure = "no alignment on phantom: −22.5 for these trainings, but −54.3 to +9.3 over seeds: another training may"
+    unsure += " undo it."
+    assert report.unsure_over_seeds(summary) == [unsure]  # "longer" is unsure over the questions already
+    assert unsure in text
     row = next(line for line in text.splitlines() if line.startswith("| no alignment | 30.0 %"))
     assert "−22.5" in row and "−25.0, −20.0" in row
     assert "| tiny, blind | 27.5 % |" in text
@@ -153,7 +157,7 @@ def test_every_report_says_what_the_results_say(folder, tmp_path):
     report.show(summary, plan.out, console)
     printed = console.export_text()
     assert re.search(r"no alignment +│ +30.0 % │", printed)
-    assert "−22.5" in printed and "Synthetic pictures." in printed
+    assert "−22.5" in printed and "Synthetic pictures." in printed and "another training may undo it" in printed
 
 
 def test_labels_are_text_and_never_markup(folder):

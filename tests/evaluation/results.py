@@ -65,7 +65,7 @@ class Result:
         return self.answers, self.verdicts
 
     def against(self, other: "Result") -> dict:
-        return compare.compare(self.out, other.out)
+        return compare.compare(compare.read(self.out), compare.read(other.out))
 
 
 def simple(out: Path, right: int, n: int = 20, benchmark: str = "phantom", **changed) -> Result:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from huatuo_vision.evaluation.benchmarks import BENCHMARKS, SETS, gold, phantom
 from huatuo_vision.evaluation.benchmarks.omnimedvqa import modality_name
@@ -22,6 +23,13 @@ from tests.evaluation import layouts
 from tests.fake_hub import Blob, FakeHub, Refusal
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("home")))
+        yield Path(constants.HF_HOME)
 
 
 def load(name: str, path: Path) -> Loaded:
@@ -92,7 +100,8 @@ def test_the_same_data_elsewhere_is_the_same_benchmark(name: str, tmp_path: Path
 
 def test_expected_counts_are_the_published_ones():
     expected = {
-        "phantom": 600, "vqa-rad": 451, "slake-en": 645 + 416, "slake-zh": 613 + 420, "pathvqa": 6_719,
+        "phantom": 600, "phantom-large": 1_800,
+        "vqa-rad": 451, "slake-en": 645 + 416, "slake-zh": 613 + 420, "pathvqa": 6_719,
         "pmc-vqa": 2_000, "pmc-vqa-v1": 50_000, "pmc-vqa-v2": 33_430, "omnimedvqa": 88_996, "mmmu-medical-dev": 25,
         "mmmu-medical-val": 150, "mmmu-medical-test": 326 + 325 + 162 + 430 + 509, "mmmu-pro-medical": 286,
         "mmmu-pro-medical-4": 286, "mmmu-pro-medical-vision": 286, "medxpertqa-mm": 2_000, "gmai-mmbench-val": 4_550,
@@ -281,7 +290,7 @@ def test_medxpertqa_cuts_only_the_choices(tmp_path: Path):
     assert loaded.options == ("v", "w", "x", "y", "z")
 
 
-def test_gmai(tmp_path: Path):
+def test_gmai(tmp_path: Path, home: Path):
     rows = load("gmai-mmbench-val", layouts.gmai(tmp_path)).rows
     assert [row.id for row in rows] == ["0", "1", "2"]
     # Column E is the fourth option where D is empty.
@@ -291,7 +300,12 @@ def test_gmai(tmp_path: Path):
     ]
     assert rows[0].question == "What is\tthis?"
     # The first row's picture is the third's, by its index; the second's is a cell of more than 131,072 characters.
-    assert shades(rows[0]) == shades(rows[2]) == [2] and len(rows[1].images[0].data) > 200_000
+    assert shades(rows[0]) == shades(rows[2]) == [2] and len(encoded(rows[1].images[0])) > 200_000
+    # In files, not in memory; what a killed run left half written is mended.
+    (kept,) = (Path(ref.path) for ref in rows[1].images)
+    assert kept.is_relative_to(home) and hashlib.sha256(kept.read_bytes()).hexdigest() == rows[1].images[0].sha256
+    kept.write_bytes(b"half")
+    assert encoded(load("gmai-mmbench-val", tmp_path).rows[1].images[0]) != b"half"
     assert rows[0].groups == {"task": "Organ Recognition", "department": "Surgery", "granularity": "image"}
 
 

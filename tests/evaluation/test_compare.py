@@ -7,8 +7,9 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
+from huatuo_vision.evaluation import compare as comparing
 from huatuo_vision.evaluation import statistics
-from huatuo_vision.evaluation.compare import compare, shortfall, show, write_comparison
+from huatuo_vision.evaluation.compare import shortfall, show, write_comparison
 from huatuo_vision.evaluation.protocols import PROTOCOLS
 from huatuo_vision.evaluation.rows import Benchmark
 from huatuo_vision.evaluation.scorers import Verdict
@@ -52,6 +53,10 @@ def write(
     (out / "responses.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     (out / "verdicts.jsonl").write_text("".join(json.dumps(asdict(verdict)) + "\n" for verdict in verdicts))
     return out
+
+
+def compare(a, b):
+    return comparing.compare(comparing.read(a), comparing.read(b))
 
 
 def text(comparison, width=160):
@@ -256,6 +261,13 @@ def test_broken_files(tmp_path):
         (b / "scores.json").write_text(broken)
         with pytest.raises(UserError, match="scores.json is not the scores of an evaluation"):
             compare(a, b)
+
+
+def test_line_separators_in_what_was_read_break_no_line(tmp_path):
+    a, b = write(tmp_path / "a", made(20, ())), write(tmp_path / "b", made(20, ()), weights="4567")
+    lines = [json.loads(line) | {"parsed": "3\u2028 4\x85"} for line in (b / "verdicts.jsonl").read_text().splitlines()]
+    (b / "verdicts.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    assert compare(a, b)["benchmarks"]["b"]["n"] == 20
 
 
 def test_the_module_is_light():

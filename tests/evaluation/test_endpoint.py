@@ -241,6 +241,22 @@ def test_an_endpoint_that_is_down_is_one_sentence(tmp_path):
     assert len(answers(tmp_path)) == 2
 
 
+def test_where_no_connection_was_ever_had_the_rest_is_not_tried(tmp_path, monkeypatch):
+    tried = []
+    complete = backend.complete
+
+    async def counted(*arguments, **settings):
+        tried.append(1)
+        return await complete(*arguments, **settings)
+
+    monkeypatch.setattr(backend, "complete", counted)
+    with endpoint(echo) as server:
+        gone = server.url
+    with pytest.raises(UserError, match="can't be reached"):
+        ask(named(40), gone, tmp_path, concurrency=4)
+    assert len(tried) == 4
+
+
 def test_answers_are_on_disk_before_the_run_ends(tmp_path):
     """While the last row is still being answered, all others can be read."""
     seen = []

@@ -24,7 +24,7 @@ from huatuo_vision.evaluation.protocols import PROTOCOLS
 from huatuo_vision.evaluation.rows import Row
 from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.processor import load_processor
-from huatuo_vision.model.folder import load_model
+from huatuo_vision.model.folder import find_model, load_model
 from huatuo_vision.schema import ImageRef, Message, Sample, UserError
 from tests.evaluation.helpers import REPOSITORY, environment, run_python
 from tests.evaluation.tiny import read_lines, save_tiny_model
@@ -255,9 +255,9 @@ def test_a_model_without_a_processor_is_one_sentence(evaluate, model, tmp_path):
 
 def test_models_that_are_not_there_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no folder of that name"):
-        generate.find_model("nobody/no-such-model")
+        find_model("nobody/no-such-model")
     with pytest.raises(UserError, match="no folder of that name"):
-        generate.find_model("a/b/c d")
+        find_model("a/b/c d")
     with pytest.raises(UserError, match="safetensors"):
         generate.weights_fingerprint(tmp_path)
 

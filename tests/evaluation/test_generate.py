@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from huatuo_vision.evaluation import answers, generate
 from huatuo_vision.evaluation.protocols import PROTOCOLS, Decoding
+from huatuo_vision.inputs.processor import load_processor
 from huatuo_vision.schema import ImageRef, UserError
 from tests.evaluation.tiny import mixed_rows, picture, read_lines, save_tiny_model
 
@@ -103,7 +104,7 @@ def test_an_answer_ends_before_the_checkpoints_own_end_token(ask, model, tmp_pat
     """Rows of a batch end at different places; the token that ends them is no part of the text, but it is counted."""
     rows = mixed_rows(8)
     whole = ask(rows, GREEDY)
-    tokenizer = generate.load_processor(model).tokenizer
+    tokenizer = load_processor(model).tokenizer
     ends = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(answer["response"])[k]) for k, answer in
             enumerate(whole.values()) if k in (3, 5)]  # fmt: skip
     stops = tmp_path / "stops"

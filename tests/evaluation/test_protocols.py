@@ -48,10 +48,10 @@ def test_prompts_are_what_they_were(protocol, asked, text):
 
 def test_protocols_are_what_they_were():
     assert {name: protocol.hash for name, protocol in PROTOCOLS.items()} == {
-        "default": "0ca4800c53896b8c",
-        "huatuo-2024": "5f2d41a8dd047aa5",
+        "default": "954c472358838683",
+        "huatuo-2024": "9b76aa5504158342",
         "mmmu-official": "93e39e6655fad858",
-        "llava-med": "2dd61dcc29152ce2",
+        "llava-med": "891633ae9169b7f0",
     }
 
 

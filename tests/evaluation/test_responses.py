@@ -133,7 +133,7 @@ def test_a_missing_or_foreign_answer_is_refused_and_nothing_is_written(tmp_path)
         ([row(1), row(1)], "line 2: phantom row 'q1' stands there twice"),
         ([row(1), "{"], "line 2: not JSON"),
         ([row(1), {k: v for k, v in row(2).items() if k != "answer"}], "line 2: without answer"),
-        ([[1]], "line 1: without benchmark, id"),
+        ([[1]], "line 1: no object; expected one JSON object a line"),
         ([row(1) | {"options": "['one', 'two']"}], "line 1: options is .*; it looks like a list written as text"),
         ([row(1) | {"options": ["one", 2]}], "line 1: options is .*; expected a list of strings, or null"),
         ([row(1) | {"response": None}], "line 1: response is null; expected a string"),

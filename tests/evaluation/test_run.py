@@ -68,6 +68,34 @@ def test_a_responses_file_is_graded_without_a_model(command, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+def test_what_cut_replies_and_other_programs_leave_is_read_and_kept(command, tmp_path):
+    """Half a surrogate pair, a byte order mark, line ends of Windows."""
+    file = tmp_path / "answers.jsonl"
+    lines = [json.dumps(row(1, "B \ud83d")), json.dumps(row(2, "B", question="\ud83d?"))]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
+    for _ in range(2):
+        assert command("--responses", file, "--out", tmp_path / "out") == 0
+    assert [answer["response"] for answer in read_lines(tmp_path / "out" / "responses.jsonl")] == ["B \ud83d", "B"]
+    assert scores(tmp_path / "out")["benchmarks"]["theirs"]["correct"] == 2
+
+
+def test_open_rows_are_open_whatever_stands_in_their_options(command, tmp_path):
+    rows = [row(1, "the spleen", question_type="open", options=[], answer="spleen"), row(2, "B")]
+    rows.append(row(3, "liver", question_type="open", answer=["liver", "hepar"]))
+    assert command("--responses", write(tmp_path / "answers.jsonl", rows), "--out", tmp_path / "out") == 0
+    entry = scores(tmp_path / "out")["benchmarks"]["theirs"]
+    assert entry["correct"] == 3 and entry["open"]["n"] == 2
+    assert entry["baselines"]["constant_letter"] == {"A": 0, "B": 1, "C": 0}
+
+
+def test_a_file_that_can_not_be_graded_leaves_the_folder_to_its_mended_copy(command, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    for wrong in ([], [row(1, "B", answer="D")], [row(1, "B", likelihood={"letter": [1]})]):
+        with pytest.raises(UserError):
+            command("--responses", write(file, wrong), "--out", tmp_path / "out")
+    assert command("--responses", write(file, [row(1, "B")]), "--out", tmp_path / "out") == 0
+
+
 def test_grading_imports_no_torch(tmp_path):
     file = write(tmp_path / "answers.jsonl", [row(1, "B")])
     done = run_python("-X", "importtime", "eval.py", "--responses", file, "--out", tmp_path / "out")
@@ -134,6 +162,17 @@ def test_graded_where_they_lie_the_folder_stays_that_evaluation(command, model, 
     # By another protocol's rules they are graded elsewhere, and are no result of it.
     command("--responses", out / "responses.jsonl", "--out", tmp_path / "other", "--protocol", "huatuo-2024")
     assert scores(tmp_path / "other")["backend"] is None
+
+
+def test_a_wrong_address_is_said_before_any_data_are_read(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_load", lambda question: pytest.fail("read the data first"))
+    with pytest.raises(UserError, match="--base-url is no address"):
+        command("--model", "m", "--out", tmp_path / "out", *ask("--backend", "openai", "--base-url", "localhost"))
+
+
+def test_a_file_that_does_not_say_how_it_was_made_is_not_said_to_have_shown_images(command, tmp_path):
+    assert command("--responses", write(tmp_path / "answers.jsonl", [row(1, "B")]), "--out", tmp_path / "out") == 0
+    assert "- images: not known\n- answers: not known\n" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_self_test_passes_and_says_so(command, capsys):

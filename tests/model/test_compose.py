@@ -265,7 +265,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(compose, "_write_processor", fail)
+    monkeypatch.setattr(compose, "write_processor", fail)
     with pytest.raises(OSError, match="disk full"):
         compose_processor(model_spec(), tmp_path / "out", iter(TEXTS))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before

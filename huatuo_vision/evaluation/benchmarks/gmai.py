@@ -5,8 +5,9 @@ Design decisions:
 - Rows: all of GMAI-MMBench_VAL.tsv in VLMEval/GMAI-MMBench (9.3 GB), all multiple choice. The id is the column
   `index`. The test split has no answers, is gated, and is graded by its authors by mail: it is not here.
 - Options are the columns A to E, empty ones left out; gold is the letter of a column.
-- Pictures are base64 in the column `image` and are held in memory, equal ones once (about 7 GB). By VLMEvalKit's
-  convention a short cell is the `index` of the row whose picture it shares.
+- Pictures are base64 in the column `image` and are kept as files in the Hugging Face cache, equal ones once (about
+  7 GB, which would else be in the memory of every process). By VLMEvalKit's convention a short cell is the `index`
+  of the row whose picture it shares.
 - Groups: task, department and granularity, from "clinical vqa task", "department" and "perceptual granularity".
   Column names count without case; a file that lacks one has no such group.
 - Trap: the official harness lets an LLM judge read what its rules cannot.
@@ -27,7 +28,7 @@ from huatuo_vision.evaluation.rows import Benchmark, Loaded, Row
 from huatuo_vision.schema import ImageRef
 
 NAME = "gmai-mmbench-val"
-FILES = Repository(NAME, "VLMEval/GMAI-MMBench", ("GMAI-MMBench_VAL.tsv",))
+FILES = Repository(NAME, "VLMEval/GMAI-MMBench", ("GMAI-MMBench_VAL.tsv",), large=True)
 LETTERS = "ABCDE"
 GROUPS = {"task": "clinical vqa task", "department": "department", "granularity": "perceptual granularity"}
 # No picture is this short in base64.

@@ -6,6 +6,7 @@ Each is hashed over its encoded bytes when a row names it, so loading a benchmar
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,14 +23,18 @@ ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, OSError, EOFError, zlib.error)
 class Images:
     """Finds a benchmark's pictures and hashes their encoded bytes; `check` names all that are missing at once."""
 
-    def __init__(self, benchmark: str, root: Path, archives: Sequence[str], folders: Sequence[str]):
+    def __init__(
+        self, benchmark: str, root: Path, archives: Sequence[str], folders: Sequence[str], store: Path | None = None
+    ):
+        """store: where pictures that are cells of a table are kept as files, instead of in memory."""
+        self._store = store
         self._benchmark, self._root, self._archives, self._folders = benchmark, root, tuple(archives), tuple(folders)
         self._open = ExitStack()
         self._zips: dict[Path, zipfile.ZipFile] = {}
         self._members: dict[str, list[tuple[Path, str]]] | None = None  # file name -> (archive, member)
         self._files: dict[str, list[Path]] | None = None  # file name -> files in the unpacked folders
         self._named: dict[str, ImageRef] = {}
-        self._held: dict[str, ImageRef] = {}  # sha256 -> bytes in memory
+        self._held: dict[str, ImageRef] = {}  # sha256 -> bytes in memory, or their file
         self._missing: dict[str, None] = {}  # in the order of the rows
 
     def close(self) -> None:
@@ -58,7 +63,25 @@ class Images:
             self._missing[name] = None
             return ImageRef(path=name)
         digest = hashlib.sha256(value).hexdigest()
-        return self._held.setdefault(digest, ImageRef(data=value, sha256=digest))
+        if digest not in self._held:
+            self._held[digest] = self._stored(value, digest) if self._store else ImageRef(data=value, sha256=digest)
+        return self._held[digest]
+
+    def _stored(self, value: bytes, digest: str) -> ImageRef:
+        """The picture as a file of the store, which several processes and later runs share."""
+        path = self._store / digest[:2] / digest
+        try:
+            if not path.is_file() or path.stat().st_size != len(value):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_name(f"{digest}.{os.getpid()}")
+                unfinished.write_bytes(value)
+                unfinished.replace(path)
+        except OSError as error:
+            raise UserError(
+                f"{self._benchmark}: its pictures cannot be kept in {self._store} ({brief(error)}); make room, or "
+                "set HF_HOME to a folder that has some"
+            ) from None
+        return ImageRef(path=str(path), sha256=digest)
 
     def check(self) -> None:
         """Raises UserError with the names of all pictures that were asked for and are not there."""

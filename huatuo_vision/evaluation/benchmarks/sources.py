@@ -1,8 +1,8 @@
 """How a benchmark's files are found and read: on the Hub at one commit, in a local folder, or one file. No torch here.
 
 A folder holds the repository's files as they were downloaded. Pictures inside zip archives are read in place; an
-archive may also lie unpacked beside the table. Pictures that are columns of a table are held in memory, equal ones
-once.
+archive may also lie unpacked beside the table. Pictures that are columns of a table are held in memory, or where they
+are many (`large`) as files in the cache; equal ones once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import constants, errors, snapshot_download
 from rich.console import Console
 from rich.progress import track
 
@@ -191,6 +191,7 @@ class Repository:
     archives: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     packed: bool = False
+    large: bool = False  # more pictures in its tables than memory should hold: they are kept as files in the cache
 
     @contextmanager
     def open(self, path: Path | None) -> Iterator[Source]:
@@ -211,7 +212,8 @@ class Repository:
         packed_file = only is not None and self.packed and only.suffix.lower() == ".zip"
         # Beside an archive that was named may lie others that have nothing to do with it.
         archives = (glob.escape(only.name),) if packed_file else self.archives
-        images = Images(self.benchmark, root, archives, self.folders)
+        store = Path(constants.HF_HOME) / "huatuo_vision" / "pictures" if self.large else None
+        images = Images(self.benchmark, root, archives, self.folders, store)
         try:
             tables = self._tables(root, only, images)
             yield Source(self.benchmark, tables, commit or self._checksum(tables, images), images)
