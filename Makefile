@@ -33,10 +33,10 @@ data-demo: .venv/data-installed
 	  $(BUILD) --config data/demo-figures.yaml --source "$(HUATUO_SAMPLES)/real_sample/samples.jsonl" --out runs/data-demo/figures; \
 	  $(BUILD) --config data/demo-articles.yaml --source "$(HUATUO_SAMPLES)/jats_sample" --out runs/data-demo/articles; fi
 
-test: .venv/installed
+test: .venv/data-installed
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
-test-slow: .venv/installed
+test-slow: .venv/data-installed
 	$(PYTEST) -m slow
 
 lint: .venv/installed
