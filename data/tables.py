@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -229,6 +228,8 @@ class RunFolder:
     """Where everything of one run is. Holds a path only, so that it travels to workers and to Slurm."""
 
     path: Path
+    # Passes seen to be complete, by their logging folders: asked again for every file that is read.
+    _complete: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def rank_file(self, kind: str, name: str, rank: int, suffix: str = "parquet") -> Path:
         return self.path / kind / name / f"{rank:05d}.{suffix}"
@@ -268,14 +269,15 @@ class RunFolder:
     def tasks(self, name: str) -> int:
         """The number of tasks, and so of files, of a pass that is complete. Raises UserError if it isn't."""
         folder, tasks = self.logging_dir(name), self.state(name)["tasks"]
-        # Asked again for every file that is read: a pass that was complete stays so until it is started anew.
-        started = (self.path / "logs" / f"{name}.json").stat().st_mtime_ns
-        if missing := _missing_tasks(folder, tasks, started):
-            _missing_tasks.cache_clear()
+        if folder in self._complete:
+            return tasks
+        done = {path.name for path in (folder / "completions").glob("*")}
+        if missing := sum(f"{rank:05d}" not in done for rank in range(tasks)):
             raise UserError(
                 f"{self.path}: the stage {name} is not complete ({missing} of {tasks} tasks are missing); run the "
                 "same command again and it goes on from there"
             )
+        self._complete.add(folder)
         return tasks
 
     def is_complete(self, name: str) -> bool:
@@ -349,12 +351,6 @@ class RunFolder:
         table = pq.read_table(self.rank_file("vectors", name, rank))
         column = table["vector"].combine_chunks()
         return table["id"].to_pylist(), column.flatten().to_numpy().reshape(len(table), column.type.list_size)
-
-
-@lru_cache(maxsize=64)
-def _missing_tasks(folder: Path, tasks: int, started: int) -> int:
-    done = {path.name for path in (folder / "completions").glob("*")}
-    return sum(f"{rank:05d}" not in done for rank in range(tasks))
 
 
 def _damaged(path: Path, what: str) -> UserError:
