@@ -23,7 +23,7 @@ from huatuo_vision.hub import render_markdown
 TEMPLATE = Path(__file__).with_name("dataset_card.md.jinja")
 _COUNTED = ("modality", "body_part", "licence", "method", "model", "prompt_version", "source")
 # Settings that say nothing to a reader of the card: where the source lay, and tables of their own.
-_UNTOLD = ("source", "columns.", "shard_size", "validation.at_thresholds")
+_UNTOLD = ("columns.", "shard_size", "validation.at_thresholds")
 # Licences that the Hub has a name for, where all rows have the same.
 _HUB_LICENCES = {"CC0-1.0": "cc0-1.0", "CC-BY-4.0": "cc-by-4.0", "CC-BY-SA-4.0": "cc-by-sa-4.0"}
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -130,7 +130,8 @@ def _settings(run: RunFolder, stages: Sequence[StageCounts]) -> Iterator[tuple[s
     """What each stage's result depends on, as its pass recorded it; local paths and empty values are left out."""
     for stage in (stage.stage for stage in stages):
         for name, value in _flat(run.state(stage)["settings"]):
-            told = not name.startswith(_UNTOLD) and value not in (None, "")
+            local = name == "address" and "://" not in value
+            told = not local and not name.startswith(_UNTOLD) and value not in (None, "")
             if told:
                 yield stage, name, value
 

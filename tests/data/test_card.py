@@ -30,7 +30,7 @@ def finished(folder: Path, rows: list[Pair], method: str = "mllm_reformatted") -
     run = complete_stage(folder, "reformat", [rows])
     n = len(rows)
     for stage in (*ROW_STAGES, STAGE):
-        settings = {"method": method, "min_side": 336, "columns": {"id": "id"}, "source": "/home/me/src"}
+        settings = {"method": method, "min_side": 336, "columns": {"id": "id"}, "address": "/home/me/src"}
         state = {"fingerprint": f"{stage}-1", "tasks": 1, "settings": settings}
         (folder / "logs" / f"{stage}.json").write_text(json.dumps(state))
         completions = run.logging_dir(stage) / "completions"
