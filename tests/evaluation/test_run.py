@@ -166,7 +166,7 @@ def test_graded_where_they_lie_the_folder_stays_that_evaluation(command, model, 
 
 def test_a_wrong_address_is_said_before_any_data_are_read(command, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_load", lambda question: pytest.fail("read the data first"))
-    with pytest.raises(UserError, match="--base-url is no address"):
+    with pytest.raises(UserError, match="the base URL is no address"):
         command("--model", "m", "--out", tmp_path / "out", *ask("--backend", "openai", "--base-url", "localhost"))
 
 
