@@ -2,9 +2,9 @@
 
 Rows are made on the spot: small pictures unlike each other, or (--pictures FOLDER) the JPEG files of a folder, mixed
 two by two so that no two rows are the same, and captions of random vocabulary entries. Every stage is a process of
-its own with one worker; its memory is the process's peak, and its time leaves out the start of Python (measured by
-running the completed stage once more). The stage reformat asks data.stand_in, in this process: what is measured is
-all that is not the model's own time, on both sides of the wire.
+its own with one worker; its memory is the process's peak, and its time is the processor time of its one thread, less
+that of starting Python (measured by running the completed stage once more), so that what else the machine does matters
+little. The stage reformat asks data.stand_in, in this process: what is measured is the builder's share alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,16 +104,24 @@ def measure(rows: int, side: int, pictures: Sequence[Path], work: Path) -> Itera
         }
 
 
+# Its parent's peak memory would be the least that a process can report, so a small one starts it.
+LAUNCHER = """
+import os, sys
+process = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, used = os.wait4(process, 0)
+print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""
+
+
 def _run(command: list[str], endpoint: str) -> tuple[float, int]:
-    """Wall seconds and peak memory in KiB of a command that must succeed."""
-    started = time.monotonic()
+    """Processor seconds and peak memory in KiB of a command that must succeed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_BASE_URL": endpoint}
-    quiet = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
-    process = os.posix_spawn(command[0], command, environment, file_actions=quiet)
-    _, status, used = os.wait4(process, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
+    launch = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
+    said = subprocess.run(launch, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    code, seconds, peak = said.split()[-3:]
+    if code != "0":
         raise SystemExit(f"failed: {' '.join(command)}")
-    return time.monotonic() - started, used.ru_maxrss
+    return float(seconds), int(peak)
 
 
 def main() -> None:
@@ -127,7 +135,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="JSONL", help="where the figures are appended")
     arguments = parser.parse_args()
     pictures = sorted(arguments.pictures.glob("*.jpg")) if arguments.pictures else []
-    table = Table("rows", "stage", "rows/s", "seconds", "peak MiB", "bytes a picture", title="one process, one thread")
+    table = Table(
+        "rows", "stage", "rows/s of a core", "CPU s", "peak MiB", "bytes a picture", title="one worker, one thread"
+    )
     for rows in arguments.rows:
         work = Path(tempfile.mkdtemp(dir=arguments.work))
         try:
