@@ -73,7 +73,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def measure(rows: int, side: int, pictures: Sequence[Path], work: Path) -> Iterator[dict[str, Any]]:
-    """One entry a stage, and the run folder's size at the end."""
+    """One entry a stage, with the run folder's size after it."""
     source, out, config = work / "source", work / "run", work / "config.yaml"
     made = make_source(source, rows, side, pictures)
     classifier = {"encoder": "small-v1", "weights": [0.0] * 109, "bias": 3.0, "threshold": 0.5, "labels": {}}
@@ -92,14 +92,17 @@ def measure(rows: int, side: int, pictures: Sequence[Path], work: Path) -> Itera
             seconds, peak = _run([*map(str, command), stage], url)
             start, _ = _run([*map(str, command), stage], url)
         funnel = json.loads((out / "funnel.json").read_text())["stages"][-1]
+        rate = funnel["rows_in"] / max(seconds - start, 1e-3)
         yield {
             "rows": rows,
             "stage": stage,
             "rows_in": funnel["rows_in"],
             "rows_out": funnel["rows_out"],
             "seconds": round(max(seconds - start, 1e-3), 2),
-            "rows_per_second": round(funnel["rows_in"] / max(seconds - start, 1e-3)),
+            "rows_per_second": round(rate),
+            "core_hours_for_ten_million": round(1e7 / rate / 3600, 1),
             "peak_mib": round(peak / 1024),
+            "folder_bytes_a_row": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) // rows,
             "picture_bytes": made // rows,
         }
 
@@ -135,14 +138,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="JSONL", help="where the figures are appended")
     arguments = parser.parse_args()
     pictures = sorted(arguments.pictures.glob("*.jpg")) if arguments.pictures else []
-    table = Table(
-        "rows", "stage", "rows/s of a core", "CPU s", "peak MiB", "bytes a picture", title="one worker, one thread"
-    )
+    columns = {
+        "rows": "rows",
+        "stage": "stage",
+        "rows_per_second": "rows/s of a core",
+        "core_hours_for_ten_million": "core hours for 10 M",
+        "peak_mib": "peak MiB",
+        "picture_bytes": "bytes a picture",
+        "folder_bytes_a_row": "run folder, bytes a row",
+    }
+    table = Table(*columns.values(), title="one worker, one thread")
     for rows in arguments.rows:
         work = Path(tempfile.mkdtemp(dir=arguments.work))
         try:
             for found in measure(rows, arguments.side, pictures, work):
-                columns = ("rows", "stage", "rows_per_second", "seconds", "peak_mib", "picture_bytes")
                 table.add_row(*(f"{found[c]:,}" if c != "stage" else found[c] for c in columns))
                 if arguments.out:
                     with arguments.out.open("a") as file:
