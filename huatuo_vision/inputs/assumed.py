@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
 
 from huatuo_vision.inputs.mixture import over_limits, select_rows
-from huatuo_vision.recipe import Recipe, SourceSpec
 from huatuo_vision.schema import UserError
+
+if TYPE_CHECKING:
+    from huatuo_vision.recipe import Recipe, SourceSpec
 
 TABLE = Path(__file__).with_name("assumed_lengths.yaml")
 DRAWS = 4096  # samples of each source; their mean is within 1 or 2 % of the table's
