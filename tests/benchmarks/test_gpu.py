@@ -1,4 +1,5 @@
-"""The benchmark for a GPU runs unattended: tried at toy size on the CPU, without the packages that a card's machine lacks."""
+"""The benchmark for a GPU runs unattended: tried at toy size on the CPU, without packages that
+its machine may lack."""
 
 import dataclasses
 import json
