@@ -22,6 +22,7 @@ MODEL_INPUTS = (
     "cu_seq_lens",
     "sample_lengths",
     "pixel_values",
+    "image_positions",
 )
 
 
@@ -45,7 +46,13 @@ def sample(seed: int, images: int) -> tuple[Encoded, np.ndarray]:
 
 def row(*samples: tuple[Encoded, np.ndarray]) -> dict:
     pixels = np.concatenate([pixels for _, pixels in samples])
-    return pack_row([e for e, _ in samples], list(range(len(samples))), pixels if len(pixels) else None, step_targets=1)
+    return pack_row(
+        [e for e, _ in samples],
+        list(range(len(samples))),
+        pixels if len(pixels) else None,
+        step_targets=1,
+        image_token_id=IMAGE_TOKEN,
+    )
 
 
 def losses(model: PackedLlava, packed: dict) -> torch.Tensor:
@@ -137,7 +144,7 @@ def test_every_second_layer_is_recomputed(model):
 
 def test_no_target_crosses_a_seam():
     everything = [Encoded(e.input_ids, np.ones(len(e.input_ids), dtype=bool)) for e, _ in SAMPLES[:2]]
-    packed = pack_row(everything, [0, 1], None, step_targets=1)
+    packed = pack_row(everything, [0, 1], None, step_targets=1, image_token_id=IMAGE_TOKEN)
     seam = len(everything[0].input_ids)
     assert seam - 1 not in packed["logits_to_keep"].tolist()
     assert packed["stats"]["targets"] == sum(len(e.input_ids) - 1 for e in everything)
