@@ -68,7 +68,7 @@ TOY_VISION = {
     "patch_size": 14,
 }
 TOY_LANGUAGE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOY_LANGUAGE |= {"num_key_value_heads": 2, "vocab_size": 4096}
+TOY_LANGUAGE |= {"num_key_value_heads": 2, "vocab_size": 2048}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def drawn_pool(image_tokens: int, toy: bool) -> Pool:
     tokens, targets, images = draw_lengths(DATA, image_tokens)
     tokens, targets = tokens[images == 1], targets[images == 1]
     if toy:
-        tokens, targets = 12 + tokens % 20, 2 + targets % 6
+        tokens, targets = (12 + tokens % 20)[:600], (2 + targets % 6)[:600]
     return Pool.of(tokens, targets)
 
 
@@ -141,7 +141,7 @@ def write_processor_folder(folder: Path, config: LlavaConfig) -> None:
     tokenizer.train_from_iterator(
         [" ".join(_words())] * 2 + ["<|user|>\n<|assistant|>\n"] * 2,
         trainers.BpeTrainer(
-            vocab_size=4000,
+            vocab_size=2000,
             special_tokens=["<|endoftext|>", "<|pad|>"],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 from huatuo_vision.inputs.encode import Encoded
@@ -83,7 +84,7 @@ def test_packed_equals_one_sample_per_row(model):
 
 
 def test_losses_are_those_of_stock_transformers(model):
-    stock = LlavaForConditionalGeneration(model.config)
+    stock = LlavaForConditionalGeneration(copy.deepcopy(model.config))
     stock.load_state_dict(model.state_dict())
     stock.set_attn_implementation("eager")
     for encoded, pixels in SAMPLES:
@@ -124,6 +125,36 @@ def test_a_row_without_images_still_reaches_the_projector(model):
     touched = {name: g for name, g in grads.items() if "multi_modal_projector" in name or "vision_tower" in name}
     assert any("multi_modal_projector" in name for name in touched)
     assert all((g == 0).all() for g in touched.values())
+
+
+class HostWaits(TorchDispatchMode):
+    """Records the operations whose result has a size or a value that a CUDA device would have to tell the host."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "masked_scatter_backward", "equal", "_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        indices = args[1] if name in ("index.Tensor", "index_put", "index_put_", "_index_put_impl_") else ()
+        if name in self.WAITING or any(i is not None and i.dtype == torch.bool for i in indices):
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_no_operation_of_forward_and_backward_waits_for_the_device(model, images):
+    packed = row(*SAMPLES) if images else row(SAMPLES[1])
+    with HostWaits() as waits:
+        losses(model, packed).sum().backward()
+    model.zero_grad()
+    assert not waits.found
+    with waits:  # what the images were found by once
+        source = torch.ones(4, requires_grad=True)
+        torch.zeros(4).masked_scatter(torch.ones(4, dtype=torch.bool), source).sum().backward()
+    assert waits.found
 
 
 def test_recomputing_activations_changes_nothing(model):
