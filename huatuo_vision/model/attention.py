@@ -34,14 +34,12 @@ def _per_sample_sdpa(
 ) -> tuple[torch.Tensor, None]:
     grouped = query.shape[1] != key.shape[1]
     outputs = [
-        F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
-        ).transpose(1, 2)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
         for q, k, v in zip(
             query.split(sample_lengths, 2), key.split(sample_lengths, 2), value.split(sample_lengths, 2), strict=True
         )
     ]
-    return torch.cat(outputs, dim=1), None  # (1, S, H, E), as it lies in memory: the projection copies nothing
+    return torch.cat(outputs, dim=2).transpose(1, 2), None  # (1, S, H, E)
 
 
 def _torch_varlen(
