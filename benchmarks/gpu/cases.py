@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu import correctness, models, samples, steps
 from benchmarks.gpu.loading import waiting
-from benchmarks.gpu.models import LORA, PHASE_1, PHASE_2, Phase
+from benchmarks.gpu.models import LORA, PHASE_1, PHASE_2, Optimizer, Phase
 from benchmarks.gpu.padded import against_padded
 from huatuo_vision.model.attention import choose_attention
 from huatuo_vision.model.flops import ModelShape
@@ -46,7 +46,7 @@ class Case:
 def all_cases(bench: Bench) -> list[Case]:
     large = bench.memory_gib >= LARGE_GIB
     state = "bf16 weights and AdamW states"
-    eight, three = "Llama-3-8B", "Qwen2.5-3B"
+    eight, three, small = "Llama-3-8B", "Qwen2.5-3B", "Qwen2.5-1.5B"
     recomputed = "all"
     cases = [
         Case("versions, card and matmul ceiling", 10, environment_and_ceiling),
@@ -69,22 +69,29 @@ def all_cases(bench: Bench) -> list[Case]:
         if large
         else timed(eight, f"phase 2, {state}", PHASE_2, 8192, 2, bf16_state=True, recompute=recomputed),
         timed(three, "full, fp32 masters", PHASE_2, 8192, 2, recompute=recomputed),
-        timed("Qwen2.5-1.5B", "full, fp32 masters", PHASE_2, 8192, 2),
+        timed(small, "full, fp32 masters", PHASE_2, 8192, 2),
         loaded(eight, workers=4),
-        loaded("Qwen2.5-1.5B", workers=8),
+        loaded(small, workers=8),
         Case(
             "ours against a padded batch, Llama-3-8B, phase 1",
             40,
             lambda b: against_padded(eight, b.device, b.toy, 128 if b.toy else 4096, 1 if b.toy else 3),
         ),
-        Case("ours against TRL", 1, trl),
         timed(eight, "phase 1", PHASE_1, 8192, 1, compiled=True),
         timed(eight, "LoRA", LORA, 8192, 1, compiled=True),
         timed(three, "full, fp32 masters", PHASE_2, 8192 if large else 4096, 2 if large else 4, compiled=True),
+        timed(small, "full, fp32 masters", PHASE_2, 8192, 2, compiled=True),
     ]
     if large:
-        cases.append(timed(eight, f"phase 2, {state}", PHASE_2, 8192, 2, bf16_state=True, compiled=True))
-    return cases
+        cases += [
+            timed(eight, f"phase 2, {state}", PHASE_2, 8192, 2, bf16_state=True, compiled=True),
+            timed(eight, "phase 2, fp32 masters, 8-bit AdamW", PHASE_2, 4096, 4, compiled=True, optimizer="adamw_8bit"),
+        ]
+    return [
+        *cases,
+        against(small, "full, fp32 masters", PHASE_2, turns=2),
+        against(eight, "phase 1", PHASE_1, turns=1),
+    ]
 
 
 def environment_and_ceiling(bench: Bench) -> dict[str, Any]:
@@ -117,9 +124,10 @@ def timed(
     recompute: str = "none",
     compiled: bool = False,
     bf16_state: bool = False,
+    optimizer: str = "adamw",
     profiled: bool = False,
 ) -> Case:
-    phase = Phase(train, recompute=recompute, compile=compiled)
+    phase = Phase(train, recompute=recompute, compile=compiled, optimizer=Optimizer(name=optimizer))
     name = f"{language}, {what}, {rows_per_step} x {row_tokens // 1024}k"
     name += ", recomputed" * (recompute == "all") + ", compiled" * compiled
 
@@ -168,9 +176,16 @@ def loaded(language: str, workers: int) -> Case:
     return Case(f"waiting for data, {language}, phase 1, {workers} workers", 35, run)
 
 
-def trl(bench: Bench) -> dict[str, Any]:
-    try:
-        import trl
-    except ImportError:
-        return {"status": "not run: TRL is not installed"}
-    return {"status": f"not run: this script has no comparison with TRL {trl.__version__} yet"}
+def against(language: str, what: str, train: models.Train, turns: int) -> Case:
+    def run(bench: Bench) -> dict[str, Any]:
+        try:
+            import datasets  # noqa: F401
+            import trl  # noqa: F401
+        except ImportError as error:
+            return {"status": f"not run: {error.name} is not installed"}
+        from benchmarks.gpu.trl_peer import against_trl
+
+        tokens, times = (128, 1) if bench.toy else (8192, turns)
+        return against_trl(language, train, bench.device, bench.toy, bench.scratch, tokens, times)
+
+    return Case(f"ours against TRL, {language}, {what}", 45, run)
