@@ -6,12 +6,13 @@ fields that `huatuo_vision.training` reads, under the same names; a test compare
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from huatuo_vision.model import trainable
 from huatuo_vision.model.llava import PackedLlava
@@ -153,10 +154,17 @@ def llava_config(language: str, toy: bool) -> LlavaConfig:
     )
 
 
-def random_llava(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> PackedLlava:
+def random_llava(
+    config: LlavaConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    model_class: type[LlavaForConditionalGeneration] = PackedLlava,
+) -> LlavaForConditionalGeneration:
+    """The same weights on every call on a device, whatever the class."""
     torch.manual_seed(0)
     with device:
-        return PackedLlava._from_config(config, dtype=dtype).train()
+        # A config of its own, because a model switches its attention there.
+        return model_class._from_config(copy.deepcopy(config), dtype=dtype).train()
 
 
 def ready_model(config: LlavaConfig, phase: Phase, device: torch.device, *, bf16_state: bool = False) -> nn.Module:

@@ -65,10 +65,10 @@ def against_padded(language: str, device: torch.device, toy: bool, row_tokens: i
     def padded(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return LlavaForConditionalGeneration.forward(model, **batch, num_items_in_batch=targets).loss
 
-    sides = {"packed": (packed, list(map(rows.__getitem__, range(plan.rows))))}
+    sides = {"ours": (packed, list(map(rows.__getitem__, range(plan.rows))))}
     sides |= {name: (padded, inputs) for name, inputs in batches.items()}
     attention = dict.fromkeys(sides, "sdpa")
-    attention["packed"] = choose_attention("auto", device=device, precision="bf16")
+    attention["ours"] = choose_attention("auto", device=device, precision="bf16")
     optimizer = torch.optim.AdamW(parameter_groups(model, PHASE_1, 0.0), fused=True)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -88,7 +88,7 @@ def against_padded(language: str, device: torch.device, toy: bool, row_tokens: i
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30
     real = sum(len(sample.input_ids) for sample, _ in pairs)
     ratios = {
-        name: [theirs / ours for theirs, ours in zip(seconds[name], seconds["packed"], strict=True)] for name in batches
+        name: [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)] for name in batches
     }
     return {
         "samples": len(pairs),
@@ -97,7 +97,7 @@ def against_padded(language: str, device: torch.device, toy: bool, row_tokens: i
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "ratio": {name: [statistics.median(r), min(r), max(r)] for name, r in ratios.items()},
         "loss": losses,
-        "loss_difference": max(abs(losses[name] / losses["packed"] - 1) for name in batches),
+        "loss_difference": max(abs(losses[name] / losses["ours"] - 1) for name in batches),
         "peak_gib": peaks,
     }
 
