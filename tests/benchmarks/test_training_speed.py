@@ -53,8 +53,9 @@ def test_another_loss_is_not_called_equal():
         training_speed.loss_differences(losses, {"ours": [9.0, 8.9], "padded": [9.0, 8.9]})
 
 
-def test_every_side_sees_the_same_samples_and_grouping_removes_the_padding(tmp_path):
-    workload = build_workload("single", make_samples(tmp_path / "s", "single", 400, seed=1), tmp_path, steps=12, seed=1)
+def test_every_side_sees_the_same_samples_and_grouping_removes_the_padding(tiny_model, tmp_path):
+    rows = make_samples(tmp_path / "samples", "single", 400, seed=1, side=16)
+    workload = build_workload("single", rows, tmp_path, steps=12, seed=1)
     assert sorted(sum(workload.random, [])) == sorted(sum(workload.grouped, []))
     assert len(set(sum(workload.random, []))) == 12 * BATCH
     assert workload.padding(workload.grouped) < 0.05 < 0.15 < workload.padding(workload.random)
