@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import transformers
+from packaging.version import Version
 
 from benchmarks.gpu import correctness, models, samples, steps
 from benchmarks.gpu.loading import waiting
@@ -208,6 +210,8 @@ def against(language: str, what: str, train: models.Train, turns: int, seconds: 
             import datasets  # noqa: F401
         except ImportError as error:
             return {"status": f"not run: {error.name} is not installed"}
+        if Version(transformers.__version__) < Version("5.18"):
+            return {"status": "not run: TRL's assistant-only loss with pictures needs transformers 5.18"}
         from benchmarks.gpu.trl_peer import against_trl
 
         tokens, times = (128, 1) if bench.toy else (8192, turns)
