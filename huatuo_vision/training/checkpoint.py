@@ -39,10 +39,18 @@ def seal(phase_folder: Path, step: int, facts: dict[str, Any]) -> Path:
     return published
 
 
+def checkpoints(phase_folder: Path) -> list[Path]:
+    return list(phase_folder.glob("checkpoint-*"))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def latest_checkpoint(phase_folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files match their manifest, and a sentence for each newer one that does not."""
     refused = []
-    for folder in sorted(phase_folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+    for folder in sorted(checkpoints(phase_folder), key=step_of, reverse=True):
         fault = _fault(folder)
         if fault is None:
             return folder, refused
@@ -56,7 +64,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def remove_old(phase_folder: Path, keep: int) -> None:
     """Keep the newest `keep` checkpoints."""
-    by_step = sorted(phase_folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    by_step = sorted(checkpoints(phase_folder), key=step_of)
     for folder in by_step[: max(0, len(by_step) - keep)]:
         shutil.rmtree(folder)
 

@@ -15,6 +15,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoConfig, TrainingArguments
 
+from huatuo_vision.cli import Stopped
 from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.plan import StepPlan, plan_steps
 from huatuo_vision.inputs.prepare import Pool
@@ -29,8 +30,9 @@ from huatuo_vision.model.trainable import apply_training, fsdp_wrap_classes, par
 from huatuo_vision.recipe import PhaseSpec, Recipe
 from huatuo_vision.run_record import write_json
 from huatuo_vision.schema import UserError
-from huatuo_vision.training.checkpoint import latest_checkpoint, read_manifest
+from huatuo_vision.training.checkpoint import checkpoints, latest_checkpoint, read_manifest, step_of
 from huatuo_vision.training.console import ProgressLog
+from huatuo_vision.training.stop import StopRequest
 from huatuo_vision.training.trainer import PhaseTrainer
 
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -72,10 +74,13 @@ def plan_phase(
     return PhaseData(pool, plan, sources, encoder, shape)
 
 
-def run_phase(recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path, console: Console) -> dict[str, Any]:
+def run_phase(
+    recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path, stop: StopRequest, console: Console
+) -> dict[str, Any]:
     """Train one phase from the model folder `start` and write `out/<name>/model`; resumes from `out/<name>`.
 
-    Returns what the run record says of the phase. Every process calls it.
+    Returns what the run record says of the phase. Every process calls it. Raises Stopped, after a checkpoint, where
+    one of them was asked to stop.
     """
     phase, folder = recipe.phases[name], out / name
     state = PartialState()
@@ -92,14 +97,18 @@ def run_phase(recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path
         phase,
         PlannedRows(data.plan, data.pool, data.sources, data.encoder),
         row_flops,
+        stop,
         model=model,
         args=arguments,
     )
     progress = ProgressLog(out / "log.jsonl", name, console)
-    progress.attach(trainer, resumed_step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    progress.attach(trainer, resumed_step=step_of(checkpoint) if checkpoint else 0)
     if checkpoint is not None:
         trainer.elapsed_before = read_manifest(checkpoint)["elapsed_seconds"]
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        place = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise Stopped(f"stopped: {name} is saved at {place}; the same command goes on from there")
     _export(trainer, start, folder / "model", phase)
     return {
         "fingerprint": recipe.fingerprint(name),
@@ -235,7 +244,7 @@ def _export(trainer: PhaseTrainer, start: Path, target: Path, phase: PhaseSpec) 
 
 def discard_checkpoints(folder: Path) -> None:
     """A finished phase is its model folder; the optimizer states, several times its size, are not needed again."""
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
 
 
