@@ -51,7 +51,7 @@ def latest_checkpoint(phase_folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files match their manifest, and a sentence for each newer one that does not."""
     refused = []
     for folder in sorted(checkpoints(phase_folder), key=step_of, reverse=True):
-        fault = _fault(folder)
+        fault = fault_of(folder)
         if fault is None:
             return folder, refused
         refused.append(f"{folder} is not used: {fault}")
@@ -69,7 +69,8 @@ def remove_old(phase_folder: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def _fault(folder: Path) -> str | None:
+def fault_of(folder: Path) -> str | None:
+    """What does not match the manifest, in words; None for a whole checkpoint."""
     try:
         listing = read_manifest(folder)["files"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def run_phase(
     state = PartialState()
     arguments = _training_arguments(recipe, name, folder, data.plan)  # before the model: ZeRO-3 shards while loading
     checkpoint = _agree_on_checkpoint(folder, state, arguments, console)
-    model = _build_model(phase, start, arguments.device, data.shape)
+    model = build_model(phase, start, arguments.device)
     counts = parameter_counts(model)
 
     def row_flops(stats: dict[str, int]) -> float:
@@ -198,7 +199,8 @@ def _agree_on_checkpoint(
     return checkpoint
 
 
-def _build_model(phase: PhaseSpec, start: Path, device: torch.device, shape: ModelShape) -> torch.nn.Module:
+def build_model(phase: PhaseSpec, start: Path, device: torch.device) -> torch.nn.Module:
+    """The model that a phase trains, with the weights of the model folder `start`."""
     dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
     _check_window(AutoConfig.from_pretrained(start), phase)
     attention = choose_attention(phase.attention, device=device, precision=phase.precision)
@@ -231,15 +233,23 @@ def _check_window(config: Any, phase: PhaseSpec) -> None:
 
 
 def _export(trainer: PhaseTrainer, start: Path, target: Path, phase: PhaseSpec) -> None:
-    """The trained model as a folder that stock transformers loads; gathered from all ranks, written by the main one."""
+    """The trained model's folder; its weights gathered from all processes, written by the main one."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, on the main process
-    if trainer.args.should_save and isinstance(model, PeftModel):
+    if trainer.args.should_save:
+        save_trained(model, weights, start, target, phase)
+    trainer.accelerator.wait_for_everyone()
+
+
+def save_trained(
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], start: Path, target: Path, phase: PhaseSpec
+) -> None:
+    """A trained model as a folder that stock transformers loads: an adapter where it has one, else all weights."""
+    if isinstance(model, PeftModel):
         save_adapter(model, target, start, state_dict=weights)
-    elif trainer.args.should_save:
+    else:
         dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
         save_model_folder(target, {name: w.to(dtype) for name, w in weights.items()}, model.config, start)
-    trainer.accelerator.wait_for_everyone()
 
 
 def discard_checkpoints(folder: Path) -> None:

@@ -234,6 +234,14 @@ def _origin(spec: Any) -> dict[str, Any]:
 
 
 def _start_folder(recipe: Recipe, name: str, out: Path, state: PartialState) -> Path:
+    if state.is_main_process:
+        start_of(recipe, name, out)  # may merge an adapter
+    _wait_for_main_process(state)
+    return start_of(recipe, name, out)
+
+
+def start_of(recipe: Recipe, name: str, out: Path) -> Path:
+    """The model folder that a phase starts from. Raises UserError where the phase before is not finished."""
     names = list(recipe.phases)
     position = names.index(name)
     if position == 0:
@@ -241,10 +249,7 @@ def _start_folder(recipe: Recipe, name: str, out: Path, state: PartialState) -> 
     previous = out / names[position - 1]
     if not is_finished(previous):
         raise UserError(f"phase {name} starts from phase {previous.name}, which is not finished; run it first")
-    if state.is_main_process:
-        plain_checkpoint(previous / "model")  # an adapter can't be trained on top of another
-    _wait_for_main_process(state)
-    return plain_checkpoint(previous / "model")
+    return plain_checkpoint(previous / "model")  # an adapter can't be trained on top of another
 
 
 def plain_checkpoint(model: Path) -> Path:

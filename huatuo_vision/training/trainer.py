@@ -201,26 +201,31 @@ class PhaseTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not self.args.should_save:
             return
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(self._trainable_weights(), Path(output_dir) / TRAINABLE_WEIGHTS)
+        safetensors.torch.save_file(trainable_weights(self.model), Path(output_dir) / TRAINABLE_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / TRAINABLE_WEIGHTS)
-        current = self._trainable_weights()
-        if saved.keys() != current.keys():
-            difference = sorted(saved.keys() ^ current.keys())
-            raise UserError(
-                f"{resume_from_checkpoint} holds other trainable weights than this phase has ({difference[0]} and "
-                f"{len(difference) - 1} more differ); start with --fresh"
-            )
-        with torch.no_grad():
-            for name, parameter in current.items():
-                parameter.copy_(saved[name])
+        load_trainable(Path(resume_from_checkpoint), self.model)
 
-    def _trainable_weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(checkpoint: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into the model. Raises UserError where they are others than those that train."""
+    saved, current = safetensors.torch.load_file(checkpoint / TRAINABLE_WEIGHTS), trainable_weights(model)
+    if saved.keys() != current.keys():
+        difference = sorted(saved.keys() ^ current.keys())
+        raise UserError(
+            f"{checkpoint} holds other trainable weights than this phase has ({difference[0]} and "
+            f"{len(difference) - 1} more differ); start with --fresh"
+        )
+    with torch.no_grad():
+        for name, parameter in current.items():
+            parameter.copy_(saved[name])
 
 
 class _SaveAndStop(TrainerCallback):

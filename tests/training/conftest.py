@@ -44,9 +44,14 @@ class Launcher:
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         return os.environ | added | offline | {"CUDA_VISIBLE_DEVICES": ""}
 
-    def run(self, out: Path, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
+    def run(
+        self, out: Path, *arguments: str, code: int = 0, largest_file: int | None = None, **options
+    ) -> subprocess.CompletedProcess:
+        command = self.command(out, *arguments, **options)
+        if largest_file is not None:
+            command = ["bash", "-c", f'ulimit -f {largest_file // 1024}; exec "$@"', "-", *command]
         done = subprocess.run(
-            self.command(out, *arguments, **options),
+            command,
             capture_output=True,
             text=True,
             cwd=ROOT,

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from huatuo_vision.training.export import export_checkpoint
 from tests.training.conftest import ROOT, TINY, largest_difference
 
 
@@ -41,6 +42,12 @@ def test_two_sharded_processes_learn_what_one_learns_also_resumed(launcher, fini
     process.wait()
     files = json.loads((out / "instruct/checkpoint-5/manifest.json").read_text())["files"]
     assert any(name.startswith("pytorch_model_fsdp_0/") for name in files), "FSDP wrote no sharded weights"
+    one = tmp_path / "one"
+    launcher.run_and_kill(one, lambda: (one / "instruct/checkpoint-5/manifest.json").exists())
+    for run in (out, one):
+        export_checkpoint(run / "instruct/checkpoint-5", tmp_path / f"{run.name}-5")
+    assert largest_difference(tmp_path / "fsdp-5", tmp_path / "one-5") < 2e-5
+    assert largest_difference(tmp_path / "fsdp-5", out / "align/model") > 1e-4
 
     process = start(launcher, out)
     output, _ = process.communicate(timeout=300)
