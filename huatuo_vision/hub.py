@@ -29,6 +29,7 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     errors,
+    get_session,
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
@@ -51,6 +52,9 @@ FORBIDDEN = ("optimizer*", "scheduler*", "rng*", "trainer_state.json", "*.distcp
 FORBIDDEN += ("*.pt", "*.pth", "*.bin", "*.pkl", "*.pickle", "*.ckpt")  # training_args.bin among them
 # What a loader would mix with the new model if it stayed beside it.
 LOADED = (".safetensors", ".json", ".jinja", ".model")
+
+# Of a Hub that has a request and does not answer: a finished run must not wait for it with its GPUs.
+SILENCE_SECONDS = 120.0
 
 Present = Mapping[str, RepoFile]  # path -> entry of a revision
 
@@ -237,6 +241,7 @@ def _push(
     stale: Callable[[str], bool],
 ) -> str:
     """One commit with `payload`. `other` names what else a revision holds; `stale` is what must not stay beside it."""
+    get_session().timeout = SILENCE_SECONDS  # the client itself would wait for ever
     api = HfApi(library_name="huatuo-vision")
     api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type)
     if bool(api.repo_info(repo_id, repo_type=repo_type).private) != private:

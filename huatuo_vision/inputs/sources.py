@@ -91,8 +91,12 @@ class Source:
         stored = self.rows[i].to_pylist()[0]
         return (stored["id"] if self.converted else row_id(stored, self.spec)) or f"row {i}"
 
-    def content_keys(self, start: int, stop: int) -> str:
-        """sha256 over what samples start to stop are made from: spec, rows, size and time (or CRC) of their images."""
+    def content_keys(self, start: int, stop: int) -> tuple[str, str]:
+        """sha256 over what samples start to stop are made from: spec, rows, names and sizes (or CRCs) of their images.
+
+        The second is of the images' times as well: it changes with an image that was replaced by one of its size, but
+        also with one that was only copied.
+        """
         digest = hashlib.sha256(self.spec.model_dump_json(exclude=set(OPERATIONAL_SOURCE_KEYS)).encode())
         if self.converted:
             table = self.rows[start:stop]
@@ -106,9 +110,11 @@ class Source:
             for stored in self._stored(start, stop):
                 digest.update(json.dumps(stored, default=_digest_of_bytes).encode() + b"\n")
                 names += _row_images(stored, self.spec)
-        stamped = "\0".join([*names, *self.images.stamps(names)])
-        digest.update(stamped.encode(errors="backslashreplace"))
-        return digest.hexdigest()
+        stamps = self.images.stamps(names)
+        digest.update("\0".join([*names, *(size for size, _ in stamps)]).encode(errors="backslashreplace"))
+        timed = digest.copy()
+        timed.update("\0".join(time for _, time in stamps).encode())
+        return digest.hexdigest(), timed.hexdigest()
 
     def texts(self) -> Iterator[str]:
         """The text of every message, in order. Rows that make no sample are left out: preparation reports those."""
@@ -175,24 +181,24 @@ class ImageFinder:
             return ImageRef(archive=os.path.join(self.root, member.archive), member=member.name)
         return ImageRef(path=os.path.join(self.root, name))
 
-    def stamps(self, names: Sequence[str]) -> list[str]:
-        """Of each name, what changes whenever its image does: size and time of a file, CRC and size of a member."""
+    def stamps(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """Of each name, what changes with its image: size and time of a file; CRC and size of a member."""
         if self.root is None:
-            return ["missing"] * len(names)
+            return [("missing", "")] * len(names)
         folders: dict[str, set[str] | None] = {}
         stamps = [self._file_stamp(name, folders) for name in names]
         elsewhere = [position for position, stamp in enumerate(stamps) if stamp is None]
         for position, member in zip(elsewhere, self._members([names[p] for p in elsewhere]), strict=True):
-            stamps[position] = "missing" if member is None else f"{member.crc}:{member.size}"
+            stamps[position] = ("missing" if member is None else f"{member.crc}:{member.size}", "")
         return stamps
 
     def _paths(self, name: str) -> tuple[str, ...]:
         path = f"{self.root}/{name}"
         return (path, f"{self.root}/{name.rpartition('/')[2]}") if self.by_basename else (path,)
 
-    def _file_stamp(self, name: str, folders: dict[str, set[str] | None]) -> str | None:
+    def _file_stamp(self, name: str, folders: dict[str, set[str] | None]) -> tuple[str, str] | None:
         if _leaves_its_folder(name):
-            return "refused"
+            return "refused", ""
         for path in self._paths(name):
             folder, _, basename = path.rpartition("/")
             if folder not in folders:
@@ -205,7 +211,7 @@ class ImageFinder:
             except (OSError, ValueError):  # not there, or a name that no file system takes
                 continue
             if stat.S_ISREG(status.st_mode):
-                return f"{status.st_size}:{status.st_mtime_ns}"
+                return str(status.st_size), str(status.st_mtime_ns)
         return None
 
     def _members(self, names: Sequence[str]) -> list[_Member | None]:

@@ -266,14 +266,16 @@ def record_plan(folder: Path, data: PhaseData) -> None:
     digest = hashlib.sha256()
     for array in (data.pool.source, data.pool.row, data.pool.tokens, data.pool.targets, data.pool.images):
         digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update("".join(data.pool.contents).encode())
     facts = {"samples": len(data.pool), "sha256": digest.hexdigest()}
     path = folder / "data.json"
     if path.exists():
         before = json.loads(path.read_text())
         if before != facts:
             raise UserError(
-                f"the data of phase {folder.name} changed since it began ({before['samples']} samples then, "
-                f"{facts['samples']} now); put the old data back, or start over with --fresh"
+                f"the data of phase {folder.name} changed since it began ({before['samples']:,} samples with digest "
+                f"{before['sha256'][:8]} then, {facts['samples']:,} with {facts['sha256'][:8]} now); put the old data "
+                "back, or start over with --fresh"
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)

@@ -479,3 +479,15 @@ def test_a_worker_does_not_outlive_a_killed_parent(tmp_path):
             return
         time.sleep(0.05)
     pytest.fail("the worker still runs 10 s after its parent was killed")
+
+
+def test_the_pool_knows_the_data_by_their_content(data, run, tmp_path):
+    def contents() -> tuple[str, ...]:
+        run(make_recipe({"a": data}))
+        return load_pool(make_recipe({"a": data}), "align", run.out, seed=0).contents
+
+    data.add(words=3, answer="left lung")
+    before = contents()
+    assert contents() == before
+    data.rows[-1]["messages"][1]["content"] = "right lung"  # no token more or less
+    assert contents() != before
