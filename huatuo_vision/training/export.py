@@ -26,7 +26,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     from huatuo_vision.model.folder import replacing
     from huatuo_vision.recipe import load_recipe
     from huatuo_vision.training.checkpoint import fault_of
-    from huatuo_vision.training.phase import build_model, save_trained
+    from huatuo_vision.training.phase import load_start, save_trained
     from huatuo_vision.training.run import start_of
     from huatuo_vision.training.trainer import TRAINABLE_WEIGHTS, load_trainable
 
@@ -37,7 +37,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     folder = checkpoint.resolve().parent
     recipe = load_recipe(folder / "recipe.yaml")
     phase, start = recipe.phases[folder.name], start_of(recipe, folder.name, folder.parent)
-    model = build_model(phase, start, torch.device("cpu"))
+    model = load_start(phase, start, torch.device("cpu"))
     if (checkpoint / SHARDED_WEIGHTS).is_dir():
         import torch.distributed.checkpoint as sharded
 

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -26,12 +26,14 @@ from transformers import Trainer, TrainerCallback
 from huatuo_vision.cli import no_room
 from huatuo_vision.inputs.rows import PlannedRows, only_row
 from huatuo_vision.model.trainable import parameter_groups
-from huatuo_vision.recipe import PhaseSpec
 from huatuo_vision.run_record import write_json
 from huatuo_vision.schema import UserError
 from huatuo_vision.training.checkpoint import checkpoints, remove_old, seal, staging_folder, step_of
 from huatuo_vision.training.metrics import Window
 from huatuo_vision.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from huatuo_vision.recipe import PhaseSpec
 
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
