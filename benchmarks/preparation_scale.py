@@ -173,9 +173,13 @@ def measure_rows(folder: Path, rows: int, table: Table) -> None:
 
 def measure_start(folder: Path, rows: int, table: Table) -> None:
     cache = folder / "cache"
+    read = run_until(
+        folder, folder / "read", cache, lambda: any((cache / "huatuo_vision" / "rows").glob("[!.]*.arrow"))
+    )
+    table.add_row(f"{rows:,}", "the JSON array read, once", *_cells(read), f"{rows / read.seconds:,.0f}")
     write_verdicts(folder, cache)
-    for name in ("first, files cold to this process", "again"):
-        out = folder / name.split(",")[0]
+    for name in ("start", "start again"):
+        out = folder / name
         found = run_until(folder, out, cache, lambda out=out: (out / "align" / "data.json").exists())
         table.add_row(f"{rows:,}", name, *_cells(found), "")
 

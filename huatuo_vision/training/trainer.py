@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from huatuo_vision.cli import no_room
@@ -119,8 +120,10 @@ class PhaseTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
         norm = super()._clip_grad_norm(model)
         self._learning_rates = {f"lr/{g['name'].split('/')[0]}": g["lr"] for g in self.optimizer.param_groups}
-        # DeepSpeed keeps its norm until after the step.
-        checked = self._step_loss if norm is None else torch.stack([self._step_loss, norm.detach().to(self._step_loss)])
+        checked = self._step_loss
+        if norm is not None:  # DeepSpeed keeps its norm until after the step
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            checked = torch.stack([checked, whole.detach().to(checked)])
         not_finite, self.stopping = self._any_process(~torch.isfinite(checked).all(), self.stop.asked)
         if not_finite:
             self._stop_non_finite(checked)
