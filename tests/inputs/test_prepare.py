@@ -395,6 +395,14 @@ def test_reports_can_be_read(data, run):
     assert set(run.report()) == {"sources", "phases", "dropped_ids"}
 
 
+def test_ids_of_others_are_no_markup_in_the_report(data, run):
+    data.add(id_="<img src=x onerror=alert(1)>\n# Head", answer=" ")
+    data.add()
+    run(make_recipe({"a": data}))
+    page = (run.out / "prepare" / "report.md").read_text()
+    assert "&lt;img src=x onerror=alert(1)&gt; # Head: " in page and "<img" not in page and "\n# Head" not in page
+
+
 def test_a_log_file_gets_lines_of_progress(data, run, monkeypatch):
     monkeypatch.setattr(preparation, "LOG_SECONDS", -1)
     for _ in range(7):
