@@ -154,3 +154,13 @@ def test_pages_are_rendered_in_one_place():
     naming = [path for path in SOURCES if re.search(r"""\.html["']""", path.read_text())]
     assert naming
     assert not [path.name for path in naming if "render_page" not in path.read_text()]
+
+
+# Packages
+
+
+def test_every_package_is_pinned_to_one_version():
+    lines = [line.split("#")[0].strip() for path in ROOT.rglob("requirements*.txt") for line in path.open()]
+    wanted = [line for line in lines if line]
+    assert len(wanted) > 30
+    assert not [line for line in wanted if not re.fullmatch(r"[A-Za-z0-9_.\[\]-]+==[A-Za-z0-9.+]+", line)]
