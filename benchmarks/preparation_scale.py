@@ -8,9 +8,9 @@ Rows, pictures and archives are made on the spot: one JSON array with rows of Pu
 is measured is `train.py` itself, from the command to the plan of the first phase, with a tiny model; memory is the
 highest that the kernel saw (VmHWM) of the main process and of the largest process that it started.
 
---rows: every picture is decoded and every text encoded, as before any training; then from nothing once more, killed
-with SIGKILL half way and started again, which must check no row twice and come to the same report; then, all being
-prepared, a new run. --start: the rows count as checked already (their verdicts are written, not found), and what is
+--rows: every picture is decoded and every text encoded, as before any training; then, all being prepared, a new run. The
+first of the sizes is also prepared from nothing once more, killed with SIGKILL half way and started again, which must
+check no shard twice and come to the same report. --start: the rows count as checked already (their verdicts are written, not found), and what is
 measured is the start of a run.
 """
 
@@ -30,7 +30,6 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -144,31 +143,33 @@ def _peak_mib(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
-def report_of(out: Path) -> dict[str, Any]:
-    return json.loads((out / "prepare" / "report.json").read_text())
-
-
 def measure_rows(folder: Path, rows: int, table: Table) -> None:
-    def prepared(out: Path) -> Callable[[], bool]:
-        return lambda: (out / "align" / "data.json").exists()
+    cache = folder / "cache"
+    for name, out in (("all rows", folder / "first"), ("a new run", folder / "again")):
+        found = run_until(folder, out, cache, is_planned(out))
+        table.add_row(f"{rows:,}", name, *_cells(found), f"{rows / found.seconds:,.0f}" if name == "all rows" else "")
 
-    def shards(cache: Path) -> dict[str, int]:
+
+def measure_kill(folder: Path, rows: int, table: Table) -> None:
+    def shards() -> dict[str, int]:
         files = (cache / "huatuo_vision" / "prepared").glob("[!.]*.parquet")
         return {path.name: path.stat().st_mtime_ns for path in files}
 
-    first, broken, cache = folder / "first", folder / "broken", folder / "cache"
-    whole = run_until(folder, first, cache, prepared(first))
-    again = run_until(folder, folder / "again", cache, prepared(folder / "again"))
-    half = len(shards(cache)) // 2
-    other = folder / "other-cache"
-    cut = run_until(folder, broken, other, lambda: len(shards(other)) >= half)
-    kept = shards(other)
-    rest = run_until(folder, broken, other, prepared(broken))
-    twice = [name for name, when in kept.items() if shards(other)[name] != when]
-    if twice or report_of(broken) != report_of(first):
+    out, cache = folder / "broken", folder / "other-cache"
+    half = rows // 1024 // 2
+    cut = run_until(folder, out, cache, lambda: len(shards()) >= half)
+    kept = shards()
+    table.add_row(f"{rows:,}", f"killed after {len(kept)} shards of 1,024", *_cells(cut), "")
+    rest = run_until(folder, out, cache, is_planned(out))
+    table.add_row(f"{rows:,}", "the same command again", *_cells(rest), "")
+    twice = [name for name, when in kept.items() if shards()[name] != when]
+    reports = [json.loads((folder / run / "prepare" / "report.json").read_text()) for run in ("first", "broken")]
+    if twice or reports[0] != reports[1]:
         raise SystemExit(f"after the kill {len(twice)} shards were checked twice, or the report differs")
-    for name, found in (("all", whole), (f"killed at {len(kept)} shards", cut), ("the rest", rest), ("again", again)):
-        table.add_row(f"{rows:,}", name, *_cells(found), f"{rows / found.seconds:,.0f}" if name == "all" else "")
+
+
+def is_planned(out: Path) -> Callable[[], bool]:
+    return (out / "align" / "data.json").exists
 
 
 def measure_start(folder: Path, rows: int, table: Table) -> None:
@@ -178,10 +179,8 @@ def measure_start(folder: Path, rows: int, table: Table) -> None:
     )
     table.add_row(f"{rows:,}", "the JSON array read, once", *_cells(read), f"{rows / read.seconds:,.0f}")
     write_verdicts(folder, cache)
-    for name in ("start", "start again"):
-        out = folder / name
-        found = run_until(folder, out, cache, lambda out=out: (out / "align" / "data.json").exists())
-        table.add_row(f"{rows:,}", name, *_cells(found), "")
+    started = run_until(folder, folder / "run", cache, is_planned(folder / "run"))
+    table.add_row(f"{rows:,}", "a new run", *_cells(started), "")
 
 
 def write_verdicts(folder: Path, cache: Path) -> None:
@@ -229,18 +228,21 @@ def main() -> None:
     for name in columns:
         table.add_column(name, justify="left" if name == "what" else "right")
     console = Console()
-    for measure, sizes in ((measure_rows, args.rows), (measure_start, args.start)):
-        for rows in sizes:
-            folder = Path(tempfile.mkdtemp(dir=args.work))
-            try:
-                make_data(folder / "data", rows)
-                size = sum(path.stat().st_size for path in (folder / "data").iterdir())
-                array = (folder / "data" / DATA_FILE).stat().st_size
-                console.print(f"{rows:,} rows: {array / 2**20:,.0f} MiB of JSON, {size / 2**20:,.0f} MiB with archives")
-                make_recipe(folder)
+    killed = {rows: (measure_rows, measure_kill) for rows in args.rows[:1]}
+    wanted = [(rows, killed.get(rows, (measure_rows,))) for rows in args.rows]
+    wanted += [(rows, (measure_start,)) for rows in args.start]
+    for rows, measures in wanted:
+        folder = Path(tempfile.mkdtemp(dir=args.work))
+        try:
+            make_data(folder / "data", rows)
+            size = sum(path.stat().st_size for path in (folder / "data").iterdir())
+            array = (folder / "data" / DATA_FILE).stat().st_size
+            console.print(f"{rows:,} rows: {array / 2**20:,.0f} MiB of JSON, {size / 2**20:,.0f} MiB with archives")
+            make_recipe(folder)
+            for measure in measures:
                 measure(folder, rows, table)
-            finally:
-                shutil.rmtree(folder)
+        finally:
+            shutil.rmtree(folder)
     console.print(table)
 
 
