@@ -8,10 +8,10 @@ Rows, pictures and archives are made on the spot: one JSON array with rows of Pu
 is measured is `train.py` itself, from the command to the plan of the first phase, with a tiny model; memory is the
 highest that the kernel saw (VmHWM) of the main process and of the largest process that it started.
 
---rows: every picture is decoded and every text encoded, as before any training; then, all being prepared, a new run. The
-first of the sizes is also prepared from nothing once more, killed with SIGKILL half way and started again, which must
-check no shard twice and come to the same report. --start: the rows count as checked already (their verdicts are written, not found), and what is
-measured is the start of a run.
+--rows: every picture is decoded and every text encoded, as before any training; then, all being prepared, a new run.
+The first of the sizes is also prepared from nothing once more, killed with SIGKILL half way and started again, which
+must check no shard twice and come to the same report. --start: the rows count as checked already (their
+verdicts are written, not found), and what is measured is the start of a run.
 """
 
 from __future__ import annotations
@@ -45,29 +45,30 @@ WORDS = (REPOSITORY / "data" / "filters" / "common_words.txt").read_text().split
 
 
 def make_data(folder: Path, rows: int) -> None:
-    """The JSON array and the archives, one row at a time."""
+    """The JSON array and the archives, one row at a time; texts and pictures are taken in turn from a few hundred."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(rows)
     pictures = [_picture(rng) for _ in range(64)]
+    talks = [json.dumps(_talk(rng), indent=4) for _ in range(509)]
     archives = [zipfile.ZipFile(folder / f"images_{number}.zip", "w") for number in range(ARCHIVES)]
     with (folder / DATA_FILE).open("w", encoding="utf-8") as file:
         for number in range(rows):
             names = [f"pmc_{number}_{image}.jpg" for image in range(1 if number % 9 else 2 + number % 5)]
             for name in names:
                 archives[number % ARCHIVES].writestr(f"some/folder/{name}", pictures[number % len(pictures)])
-            question, answer = (rng.integers(0, len(WORDS), n) for n in (20, int(rng.integers(60, 200))))
-            said = zip(("human", "gpt"), (question, answer), strict=True)
-            row = {
-                "image": [f"images/{name}" for name in names],
-                "id": f"Alignment_VQA_{number}",
-                "modality": "Computed Tomography",
-                "body_part": "Chest",
-                "conversations": [{"from": who, "value": " ".join(WORDS[i] for i in words)} for who, words in said],
-            }
-            file.write(("[" if number == 0 else ",\n") + json.dumps(row, indent=4))
+            images = ", ".join(f'"images/{name}"' for name in names)
+            file.write(
+                f'{"[" if number == 0 else ","}\n{{"image": [{images}], "id": "Alignment_VQA_{number}", '
+                f'"modality": "CT", "body_part": "Chest", "conversations": {talks[number % len(talks)]}}}'
+            )
         file.write("]")
     for archive in archives:
         archive.close()
+
+
+def _talk(rng: np.random.Generator) -> list[dict[str, str]]:
+    lengths = zip(("human", "gpt"), (20, int(rng.integers(60, 200))), strict=True)
+    return [{"from": who, "value": " ".join(rng.choice(WORDS, length))} for who, length in lengths]
 
 
 def _picture(rng: np.random.Generator) -> bytes:
