@@ -17,15 +17,16 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -167,7 +168,10 @@ def kill_in(stage: Stage, after: float, command: Sequence[str], out: Path, cache
     time.sleep(after)
     if process.poll() is not None:
         return False
-    os.killpg(process.pid, signal.SIGKILL)
+    first = psutil.Process(process.pid)
+    for each in [first, *first.children(recursive=True)]:  # torchrun gives each process a session of its own
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
     process.communicate()
     return True
 

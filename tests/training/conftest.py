@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -76,8 +77,16 @@ class Launcher:
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
+
+
+def kill_all(launched: subprocess.Popen) -> None:
+    """SIGKILL a launcher and all that it started; torchrun gives each process a session of its own."""
+    first = psutil.Process(launched.pid)
+    for process in [first, *first.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    launched.wait()
 
 
 @pytest.fixture(scope="session")

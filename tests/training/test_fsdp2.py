@@ -1,8 +1,6 @@
 """The shipped FSDP2 configuration shards over two processes, learns the same, resumes, and writes the model whole."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +8,7 @@ import time
 import pytest
 
 from huatuo_vision.training.export import export_checkpoint
-from tests.training.conftest import ROOT, TINY, largest_difference
+from tests.training.conftest import ROOT, TINY, kill_all, largest_difference
 
 
 def start(launcher, out) -> subprocess.Popen:
@@ -38,8 +36,7 @@ def test_two_sharded_processes_learn_what_one_learns_also_resumed(launcher, fini
         assert process.poll() is None, process.stdout.read()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
     files = json.loads((out / "instruct/checkpoint-5/manifest.json").read_text())["files"]
     assert any(name.startswith("pytorch_model_fsdp_0/") for name in files), "FSDP wrote no sharded weights"
     one = tmp_path / "one"

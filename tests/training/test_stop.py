@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from huatuo_vision.cli import START_AGAIN
+from huatuo_vision.training.checkpoint import latest_checkpoint
 from tests.training.conftest import ROOT, largest_difference
 
 
@@ -89,6 +90,28 @@ def test_one_rank_that_dies_takes_the_run_down_within_a_minute_with_the_reason(l
     code, said = signalled(launcher, out, signal.SIGKILL, lambda: logged(out, "instruct", 4), processes=2)
     assert code != 0 and time.monotonic() - killed < 60 + 60
     assert "Signal 9 (SIGKILL)" in said and "rank : 1" in said
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_and_end(launcher, finished, tmp_path):
+    out = aligned(finished, tmp_path / "orphans")
+    launched = subprocess.Popen(
+        launcher.command(out, "--set", "phases.instruct.epochs=20", processes=2),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=launcher.environment(),
+    )
+    while not logged(out, "instruct", 4):
+        assert launched.poll() is None
+        time.sleep(0.01)
+    processes = [psutil.Process(pid) for pid in training_processes(launched)]
+    launched.kill()
+    launched.wait()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert len(processes) == 2 and not alive
+    checkpoint, refused = latest_checkpoint(out / "instruct")
+    assert checkpoint is not None and not refused and not (out / "instruct/model").exists()
 
 
 def test_before_training_a_signal_stops_at_once(launcher, tmp_path):
