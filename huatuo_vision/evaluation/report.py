@@ -19,6 +19,7 @@ from huatuo_vision.evaluation import pictures as stored_pictures
 from huatuo_vision.evaluation.published import HEADLINE, Published, Standing, cell, published_for
 from huatuo_vision.evaluation.report_samples import ROWS_PER_BENCHMARK, Answer, Answered, choose, describe, picture_uris
 from huatuo_vision.evaluation.responses import write_whole
+from huatuo_vision.evaluation.variants import is_original
 from huatuo_vision.html import encodable, render_page
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _group_table(
 
 def _shown(rows: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> dict[str, tuple[int, int]]:
     """benchmark -> (rows in the page, rows in all)."""
-    originals = [answer["benchmark"] for answer in answers if not answer.get("rotation")]
+    originals = [answer["benchmark"] for answer in answers if is_original(answer)]
     inside = [row["benchmark"] for row in rows]
     return {name: (inside.count(name), originals.count(name)) for name in dict.fromkeys(originals)}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huatuo_vision.evaluation.rows import HIDDEN
+from huatuo_vision.evaluation.variants import is_original
 
 if TYPE_CHECKING:
     from huatuo_vision.evaluation.scorers import Verdict
@@ -38,7 +39,7 @@ def choose(
     graded = {key_of(verdict): verdict.verdict for verdict in verdicts}
     flips = _flips(graded, comparison, other)
     by_benchmark: dict[str, list[Key]] = defaultdict(list)
-    for key in (_key(answer) for answer in answers if not answer.get("rotation")):
+    for key in (_key(answer) for answer in answers if is_original(answer)):
         if key in graded:
             by_benchmark[key[0]].append(key)
 

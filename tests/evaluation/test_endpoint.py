@@ -301,7 +301,7 @@ def test_the_models_identity_is_host_and_name():
 
 def test_no_torch_is_needed():
     code = (
-        "import sys; from huatuo_vision.evaluation import answers, endpoint, judges, rotations; "
+        "import sys; from huatuo_vision.evaluation import answers, endpoint, judges, variants; "
         "assert not {'torch', 'transformers', 'datasets', 'accelerate'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -7,6 +7,7 @@ known traps. `Benchmark.load` takes the folder of the downloaded data set (or it
 from __future__ import annotations
 
 from huatuo_vision.evaluation.benchmarks import (
+    case_challenge,
     gmai,
     huatuo,
     medxpertqa,
@@ -31,10 +32,14 @@ BENCHMARKS = by_name(
         medxpertqa.MEDXPERTQA_MM,
         gmai.GMAI_MMBENCH_VAL,
         *huatuo.BENCHMARKS,
+        *case_challenge.BENCHMARKS,
     )
 )
 
 # Names that stand for several benchmarks, in the order in which they run.
 SETS: dict[str, tuple[str, ...]] = {
     "huatuo-bundle": tuple(benchmark.name for benchmark in huatuo.BENCHMARKS),
+    # The four sets of SemiHVision's headline mean: as letters, and whole, for --protocol open.
+    "vqa-letters": ("huatuo-vqa-rad", "huatuo-slake", "huatuo-pathvqa", "huatuo-pmc-vqa"),
+    "vqa-open": ("vqa-rad", "slake-en", "pathvqa", "pmc-vqa"),
 }
