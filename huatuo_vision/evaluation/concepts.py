@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huatuo_vision.evaluation import statistics
-from huatuo_vision.evaluation.variants import by_condition
+from huatuo_vision.evaluation.variants import by_condition, is_original
 from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:
@@ -44,12 +44,14 @@ def measure(answers: Sequence[Answer], path: Path) -> tuple[dict[str, dict[str, 
     }
     found: dict[str, dict[str, Any]] = {}
     metrics: dict[Key, dict[str, float]] = {}
-    for benchmark, conditions in by_condition([answer for answer in answers if answer.get("reference")]).items():
+    whole = {(a["benchmark"], a["id"]) for a in answers if is_original(a) and a.get("reference")}
+    own = [a for a in answers if a.get("reference") and (a["benchmark"], a.get("control_of") or a["id"]) in whole]
+    for benchmark, conditions in by_condition(own).items():
         of_benchmark = {}
-        for condition, own in conditions.items():
-            measured = [(answer, overlap) for answer in own if (overlap := _overlap(answer, terms)) is not None]
+        for condition, asked in conditions.items():
+            measured = [(answer, overlap) for answer in asked if (overlap := _overlap(answer, terms)) is not None]
             metrics |= {(answer["benchmark"], answer["id"]): overlap for answer, overlap in measured}
-            of_benchmark[condition] = _summary(measured) | {"without_concepts": len(own) - len(measured)}
+            of_benchmark[condition] = _summary(measured) | {"without_concepts": len(asked) - len(measured)}
         found[benchmark] = about | {"conditions": of_benchmark}
     return found, metrics
 
