@@ -158,10 +158,15 @@ def labels(comparison: Mapping[str, Any] | None) -> tuple[str, str]:
     return ("sighted", "blind") if comparison and comparison["kind"] == "blind" else ("A", "B")
 
 
+# What a result of an earlier version does not have.
+_LATER = dict.fromkeys(("controls", "rubric", "concepts", "reasoning"))
+
+
 def sections(scores: Mapping[str, Any], comparison: Mapping[str, Any] | None = None) -> tuple[Section, ...]:
     pairs = comparison["benchmarks"] if comparison else {}
     protocol = scores["protocol"]["name"]
-    return tuple(_section(name, entry, pairs.get(name), protocol) for name, entry in scores["benchmarks"].items())
+    entries = {name: _LATER | entry for name, entry in scores["benchmarks"].items()}
+    return tuple(_section(name, entry, pairs.get(name), protocol) for name, entry in entries.items())
 
 
 def set_lines(scores: Mapping[str, Any]) -> tuple[SetLine, ...]:
@@ -380,7 +385,9 @@ def show(scores: Mapping[str, Any], out: Path, console: Console) -> None:
             if table.name == section.entry["macro_over"]:
                 console.print(_breakdown(section, table))
         if section.conditions:
-            console.print(_condition_table(section))
+            console.print(_choice_table(section))
+            if (explanation := _explanation_table(section)) is not None:
+                console.print(explanation)
     tables = _open_table(found), _rotation_table(found), _calibration_table(found), _reasoning_table(found)
     for table in (*tables, _set_table(set_lines(scores))):
         if table is not None:
@@ -461,29 +468,35 @@ def _open_table(found: Sequence[Section]) -> Table | None:
     return table
 
 
-def _condition_table(section: Section) -> Table:
-    """Choice and explanation, asked whole and with less to see."""
-    rubric, concepts = section.entry.get("rubric"), section.entry.get("concepts")
-    columns = ["n", "accuracy", "95 % interval", "gain of the whole"]
-    columns += [*COMPONENTS.values(), "their mean"] if rubric else []
-    columns += ["concept F1"] if concepts else []
-    table = _table(f"{section.name}: choice and explanation", "asked", *columns)
+def _choice_table(section: Section) -> Table:
+    """Cases asked whole and with less to see, by the option chosen."""
+    table = _table(f"{section.name}: choice", "asked", "n", "accuracy", "95 % interval", "whole gains, points")
+    for line in section.conditions:
+        tally = line.tally or {"n": None, "accuracy": None, "ci95": None}
+        gain = points(line.gain["gain"]) if line.gain else "–"
+        _add(table, line.name, count(tally["n"]), percent(tally["accuracy"]), interval(tally["ci95"]), gain)
+    return table
+
+
+def _explanation_table(section: Section) -> Table | None:
+    """The same cases, by what is made of the explanation."""
+    rubric, concepts = section.entry["rubric"], section.entry["concepts"]
+    if not rubric and not concepts:
+        return None
+    columns = [*COMPONENTS.values(), "mean of these"] if rubric else []
+    table = _table(f"{section.name}: explanation", "asked", *columns, *(["concept F1"] if concepts else []))
     if rubric:
         table.caption = f"marks of 0 to {MOST_MARKS:g} by {rubric['model']}; the mean of the three is ours"
     for line in section.conditions:
-        cells = [*_tally_cells(line.tally), points(line.gain["gain"]) if line.gain else "–"]
+        cells = []
         if rubric:
-            marks = line.marks or {"components": {}, "mean": {}}
-            cells += [mark(marks["components"].get(component, {}).get("mean")) for component in COMPONENTS]
-            cells.append(mark(marks["mean"].get("mean")))
+            components = line.marks["components"] if line.marks else {}
+            cells = [mark(components.get(component, {}).get("mean")) for component in COMPONENTS]
+            cells.append(mark(line.marks["mean"]["mean"] if line.marks else None))
         if concepts:
             cells.append(percent(_f1(line.overlap)))
         _add(table, line.name, *cells)
     return table
-
-
-def _tally_cells(tally: Mapping[str, Any] | None) -> list[str]:
-    return [count(tally["n"]), percent(tally["accuracy"]), interval(tally["ci95"])] if tally else ["–", "–", "–"]
 
 
 def _f1(overlap: Mapping[str, Any] | None) -> float | None:
@@ -494,9 +507,7 @@ def _reasoning_table(found: Sequence[Section]) -> Table | None:
     entries = [(section.name, section.entry["reasoning"]) for section in found if section.entry.get("reasoning")]
     if not entries:
         return None
-    table = _table(
-        "knowledge and inference", "benchmark", "questions", "ask for inference", "95 % interval", "unsorted"
-    )
+    table = _table("knowledge and inference", "benchmark", "n", "inference", "95 % interval", "unsorted")
     for name, entry in entries:
         _add(table, name, count(entry["n"]), percent(entry["inference"]), interval(entry["ci95"]), entry["unlabelled"])
     return table

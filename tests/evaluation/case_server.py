@@ -47,7 +47,7 @@ def judge(marks: Callable[[dict], str] = lambda body: "1.5", items: int = 4) -> 
         if kind == "marks":
             return Sent(completion(marks(body)))
         if kind == "reasoning":
-            return Sent(completion("inference" if "diagnosis" in text_of(body) else "Knowledge."))
+            return Sent(completion("inference" if "Which diagnosis" in text_of(body) else "Knowledge."))
         return Sent(completion("correct"))
 
     return reply
