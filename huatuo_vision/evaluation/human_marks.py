@@ -69,8 +69,8 @@ def _mark(text: str, where: str) -> float:
     return value
 
 
-def agreement(marked: Marked, sheet: Sheet, benchmark: str) -> dict[str, Any]:
-    """The `human` entry of a benchmark's rubric: by component, over answers that both have marked.
+def agreement(marked: Marked, sheet: Sheet, benchmark: str) -> dict[str, Any] | None:
+    """The `human` entry of a benchmark's rubric: by component, over answers that both have marked; None without any.
 
     bias: how much higher the judge marks, on average. distance: the mean absolute difference. spearman: of ranks; None
     where one side gives everything the same mark. between_raters: people's own mean absolute difference, which no judge
@@ -78,6 +78,8 @@ def agreement(marked: Marked, sheet: Sheet, benchmark: str) -> dict[str, Any]:
     """
     judge = {key: own for key, own in rubric.metrics(marked).items() if key[0] == benchmark}
     common = {key: marks for key, marks in sheet.items() if key in judge}
+    if not common:
+        return None
     return {
         "marked": len(common),
         "unknown": sum(key[0] == benchmark and key not in judge for key in sheet),

@@ -485,6 +485,7 @@ def _explanation_table(section: Section) -> Table | None:
         return None
     columns = [*COMPONENTS.values(), "mean of these"] if rubric else []
     table = _table(f"{section.name}: explanation", "asked", *columns, *(["concept F1"] if concepts else []))
+    table.columns[0].no_wrap = True
     if rubric:
         table.caption = f"marks of 0 to {MOST_MARKS:g} by {rubric['model']}; the mean of the three is ours"
     for line in section.conditions:

@@ -292,6 +292,10 @@ def _mark_explanations(
     for name, entry in entries.items():
         if sheet is not None:
             entry["human"] = human_marks.agreement(marked, sheet, name)
+    if sheet is not None and all(entry["human"] is None for entry in entries.values()):
+        raise UserError(
+            f"--human-sheet {extras.human_sheet} marks none of these answers; check its columns benchmark and id"
+        )
     _add(result, "rubric", entries)
     responses.write_whole(out / RUBRIC_FILE, responses.json_lines(rubric.lines(marked)))
     responses.write_whole(out / PROMPTS_FILE, json.dumps(rubric.prompts(), indent=2, ensure_ascii=False) + "\n")

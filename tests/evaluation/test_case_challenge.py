@@ -162,6 +162,22 @@ def test_jama_scores_stand_beside_what_is_unknown_of_the_printed_ones(command, t
     assert entry["rubric"]["conditions"]["whole"]["mean"] == {"n": 0, "mean": None, "ci95": None}
 
 
+def test_a_sheet_of_other_answers_is_refused(command, tmp_path):
+    folder, out = layouts.cases(tmp_path / "cases"), tmp_path / "out"
+    (tmp_path / "s.csv").write_text("benchmark,id,key_points,reasoning_steps,evidence\ncase-challenge,gone,1,1,1\n")
+    with serve(judge()) as server:
+        more = ("--no-controls", "--judge", JUDGE, "--judge-url", server.url, "--human-sheet", tmp_path / "s.csv")
+        with pytest.raises(UserError, match="marks none of these answers"):
+            command(*asking(server, folder, out, *more))
+        (tmp_path / "s.csv").write_text(
+            "benchmark,id,key_points,reasoning_steps,evidence\ncase-challenge,case-1,1,,2\n"
+        )
+        assert command(*asking(server, folder, out, *more)) == 0
+    human = scores(out)["rubric"]["human"]
+    assert human["marked"] == 1 and human["components"]["key_points"]["bias"] == 0.5
+    assert "beside people (1 answers, 1 raters)" in (out / "report.md").read_text()
+
+
 def test_the_page_of_cases_escapes_what_others_wrote(command, tmp_path):
     evil = "</script><img src=x onerror=alert(1)>|`*"
     row = layouts.case_row(0, question=evil, discussion=evil, options=[evil, "b"], answer="A")
