@@ -4,13 +4,13 @@
     position_ids  | 0 1 2 ............ s-1 | 0 1 2 ...... s-1 |      restart at every sample
     cu_seq_lens   0                        s                  S
 
-Legend: S tokens of the row, D samples in it, N images in it, T supervised tokens in it.
+Legend: S tokens of the row, D samples in it, N images in it, P features per image, T supervised tokens in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ import torch
 from huatuo_vision.inputs.encode import Encoded, Encoder
 from huatuo_vision.inputs.images import load_image
 from huatuo_vision.inputs.plan import StepPlan
-from huatuo_vision.inputs.prepare import Pool
-from huatuo_vision.inputs.sources import Source
 from huatuo_vision.schema import UserError
+
+if TYPE_CHECKING:
+    from huatuo_vision.inputs.prepare import Pool
+    from huatuo_vision.inputs.sources import Source
 
 
 class PlannedRows(torch.utils.data.Dataset):
@@ -48,11 +50,15 @@ class PlannedRows(torch.utils.data.Dataset):
             source_ids.append(source_id)
         pixel_values = self.encoder.pixel_values(images) if images else None
         step_targets = int(self.plan.step_targets[index // self.plan.rows_per_step])
-        return pack_row(encoded, source_ids, pixel_values, step_targets)
+        return pack_row(encoded, source_ids, pixel_values, step_targets, self.encoder.image_token_id)
 
 
 def pack_row(
-    encoded: Sequence[Encoded], source_ids: Sequence[int], pixel_values: np.ndarray | None, step_targets: int
+    encoded: Sequence[Encoded],
+    source_ids: Sequence[int],
+    pixel_values: np.ndarray | None,
+    step_targets: int,
+    image_token_id: int,
 ) -> dict[str, Any]:
     """Model inputs of one packed row, and `stats` as plain numbers, so that counting never waits for the device."""
     lengths = np.array([len(e.input_ids) for e in encoded], dtype=np.int32)
@@ -80,6 +86,8 @@ def pack_row(
     }
     if pixel_values is not None:
         row["pixel_values"] = torch.from_numpy(pixel_values)  # (N, 3, H, W)
+        # Counted here, because a mask on the device makes the host wait for how many there are.
+        row["image_positions"] = torch.from_numpy(np.flatnonzero(input_ids == image_token_id))  # (N * P,)
     return row
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from huatuo_vision.recipe import LoraSpec, TrainSpec
-
 if TYPE_CHECKING:
     import numpy as np
     from transformers import LlavaConfig
+
+    from huatuo_vision.recipe import LoraSpec, TrainSpec
 
 # Bytes that one decoder layer keeps for the backward, per token: (per h, per d_kv, per f). Measured on Llama layers
 # with torch.autograd.graph.saved_tensors_hooks, under bf16 autocast and in fp32; a frozen linear does not keep its

@@ -26,6 +26,7 @@ class PackedLlava(LlavaForConditionalGeneration):
         cu_seq_lens: torch.Tensor,  # (samples + 1,) int32
         sample_lengths: tuple[int, ...],
         pixel_values: torch.Tensor | None = None,  # (N, 3, H, W), in the order of their placeholders
+        image_positions: torch.Tensor | None = None,  # (N * P,) where their features go, with pixel_values only
     ) -> torch.Tensor:  # (T,) fp32
         embeddings = self.get_input_embeddings()(input_ids)  # (1, S, D)
         # A row without images runs a blank one and adds nothing of it: every rank runs the same modules, so no
@@ -39,8 +40,7 @@ class PackedLlava(LlavaForConditionalGeneration):
         if blank:
             embeddings = embeddings + 0.0 * features.float().mean().to(embeddings.dtype)
         else:
-            is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(is_image, features)
+            embeddings = embeddings.index_copy(1, image_positions, features[None])
 
         longest = max(sample_lengths)
         hidden = self.model.language_model(
@@ -53,7 +53,7 @@ class PackedLlava(LlavaForConditionalGeneration):
             max_length_k=longest,
             sample_lengths=sample_lengths,
         ).last_hidden_state[0]  # (S, D)
-        logits = self.lm_head(hidden[logits_to_keep])  # (T, vocabulary): only where there is a label
+        logits = self.lm_head(hidden.index_select(0, logits_to_keep))  # (T, vocabulary): only where there is a label
         return F.cross_entropy(logits.float(), shift_labels, reduction="none")
 
 

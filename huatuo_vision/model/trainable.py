@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import dtype, nn
 
-from huatuo_vision.recipe import PARTS, TrainSpec
 from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, LlavaConfig
+
+    from huatuo_vision.recipe import TrainSpec
 
 Part = Literal["vision_encoder", "projector", "language_model"]
 
@@ -150,7 +151,7 @@ def parameter_groups(model: nn.Module, train: TrainSpec, weight_decay: float) ->
 
 def parameter_counts(model: nn.Module) -> dict[Part, tuple[int, int]]:
     """Part -> (trainable, total) weights, however they are packed or sharded."""
-    counts = dict.fromkeys(PARTS, (0, 0))
+    counts = dict.fromkeys(get_args(Part), (0, 0))
     for name, parameter in model.named_parameters():
         # PEFT keeps the projector it started from beside the trained copy, and runs only the copy.
         if "original_module" in name.split("."):

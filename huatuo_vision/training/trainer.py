@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -23,11 +23,13 @@ from transformers import Trainer
 
 from huatuo_vision.inputs.rows import PlannedRows, only_row
 from huatuo_vision.model.trainable import parameter_groups
-from huatuo_vision.recipe import PhaseSpec
 from huatuo_vision.run_record import write_json
 from huatuo_vision.schema import UserError
 from huatuo_vision.training.checkpoint import remove_old, seal, staging_folder
 from huatuo_vision.training.metrics import Window
+
+if TYPE_CHECKING:
+    from huatuo_vision.recipe import PhaseSpec
 
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 

@@ -285,7 +285,7 @@ def peak_of_a_step(train: TrainSpec, recomputed: str) -> tuple[int, int]:
     ids = np.concatenate([np.full(PATCHES, IMAGE_TOKEN), np.arange(600) % 100 + 4]).astype(np.int64)
     sample = Encoded(ids, np.arange(len(ids)) >= 500)
     pixels = np.zeros((2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    row = pack_row([sample, sample], [0, 0], pixels, step_targets=1)
+    row = pack_row([sample, sample], [0, 0], pixels, step_targets=1, image_token_id=IMAGE_TOKEN)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 from huatuo_vision.inputs.encode import Encoded
@@ -22,6 +23,7 @@ MODEL_INPUTS = (
     "cu_seq_lens",
     "sample_lengths",
     "pixel_values",
+    "image_positions",
 )
 
 
@@ -45,7 +47,13 @@ def sample(seed: int, images: int) -> tuple[Encoded, np.ndarray]:
 
 def row(*samples: tuple[Encoded, np.ndarray]) -> dict:
     pixels = np.concatenate([pixels for _, pixels in samples])
-    return pack_row([e for e, _ in samples], list(range(len(samples))), pixels if len(pixels) else None, step_targets=1)
+    return pack_row(
+        [e for e, _ in samples],
+        list(range(len(samples))),
+        pixels if len(pixels) else None,
+        step_targets=1,
+        image_token_id=IMAGE_TOKEN,
+    )
 
 
 def losses(model: PackedLlava, packed: dict) -> torch.Tensor:
@@ -73,7 +81,7 @@ def test_packed_equals_one_sample_per_row(model):
 
 
 def test_losses_are_those_of_stock_transformers(model):
-    stock = LlavaForConditionalGeneration(model.config)
+    stock = LlavaForConditionalGeneration(copy.deepcopy(model.config))
     stock.load_state_dict(model.state_dict())
     stock.set_attn_implementation("eager")
     for encoded, pixels in SAMPLES:
@@ -118,6 +126,36 @@ def test_a_row_without_images_still_reaches_the_projector(model):
     assert all((g == 0).all() for g in touched.values())
 
 
+class HostWaits(TorchDispatchMode):
+    """Records the operations whose result has a size or a value that a CUDA device would have to tell the host."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "masked_scatter_backward", "equal", "_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        indices = args[1] if name in ("index.Tensor", "index_put", "index_put_", "_index_put_impl_") else ()
+        if name in self.WAITING or any(i is not None and i.dtype == torch.bool for i in indices):
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_no_operation_of_forward_and_backward_waits_for_the_device(model, images):
+    packed = row(*SAMPLES) if images else row(SAMPLES[1])
+    with HostWaits() as waits:
+        losses(model, packed).sum().backward()
+    model.zero_grad()
+    assert not waits.found
+    with waits:  # what the images were found by once
+        source = torch.ones(4, requires_grad=True)
+        torch.zeros(4).masked_scatter(torch.ones(4, dtype=torch.bool), source).sum().backward()
+    assert waits.found
+
+
 def test_recomputing_activations_changes_nothing(model):
     packed = row(*SAMPLES)
     losses(model, packed).sum().backward()
@@ -137,7 +175,7 @@ def test_every_second_layer_is_recomputed(model):
 
 def test_no_target_crosses_a_seam():
     everything = [Encoded(e.input_ids, np.ones(len(e.input_ids), dtype=bool)) for e, _ in SAMPLES[:2]]
-    packed = pack_row(everything, [0, 1], None, step_targets=1)
+    packed = pack_row(everything, [0, 1], None, step_targets=1, image_token_id=IMAGE_TOKEN)
     seam = len(everything[0].input_ids)
     assert seam - 1 not in packed["logits_to_keep"].tolist()
     assert packed["stats"]["targets"] == sum(len(e.input_ids) - 1 for e in everything)
