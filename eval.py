@@ -136,9 +136,10 @@ def main() -> int:
 
     # After the arguments, so that --help and a mistyped flag answer at once.
     from huatuo_vision.evaluation import compare, report, run
+    from huatuo_vision.evaluation.benchmarks import chosen_benchmarks
 
     if args.self_test:
-        return 0 if run.prove_rules(run.chosen_benchmarks(args.benchmarks or []), console) else 1
+        return 0 if run.prove_rules(chosen_benchmarks(args.benchmarks or []), console) else 1
 
     if args.compare:
         comparison = run.compare_folders(*args.compare, args.out, console)
@@ -196,6 +197,7 @@ def second_opinions(args: argparse.Namespace) -> Extras:
 def question(args: argparse.Namespace, protocol: Protocol) -> Question:
     """The checked command line of an evaluation. Raises UserError for what does not fit together."""
     from huatuo_vision.evaluation import run
+    from huatuo_vision.evaluation.benchmarks import chosen_benchmarks
 
     if not args.benchmarks:
         raise UserError("--benchmarks is missing; `eval.py --model M --benchmarks help` lists them")
@@ -205,7 +207,7 @@ def question(args: argparse.Namespace, protocol: Protocol) -> Question:
         raise UserError("--scoring likelihood needs --backend transformers; endpoints do not tell the likelihoods")
     return run.Question(
         model=args.model,
-        benchmarks=run.chosen_benchmarks(args.benchmarks),
+        benchmarks=chosen_benchmarks(args.benchmarks),
         protocol=protocol,
         out=args.out,
         blind=args.blind,

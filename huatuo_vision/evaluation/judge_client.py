@@ -75,10 +75,10 @@ class Judge:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Which judge it is, for the record: its name and the host that it answers at."""
+        """Which judge it is, for the record: its name, the host that it answers at, and the file of its replies."""
         from huatuo_vision.openai_endpoint import host_of
 
-        return {"model": self.model, "host": host_of(self.base_url)}
+        return {"model": self.model, "host": host_of(self.base_url), "cache": self.file.name}
 
     def ask(self, requests: Sequence[Request], doing: str) -> list[Judgement]:
         """The judgement on each request, asked for where none is kept. Raises UserError where some are left without."""

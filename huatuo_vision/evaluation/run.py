@@ -60,22 +60,6 @@ class Question:
     controls: bool = True  # ask those benchmarks that have them with less to see too
 
 
-def chosen_benchmarks(named: Sequence[str]) -> dict[str, Path | None]:
-    """`NAME` or `NAME=PATH`, a set standing for its members; raises UserError for a name that is none."""
-    chosen: dict[str, Path | None] = {}
-    for argument in named:
-        name, _, path = argument.partition("=")
-        if name not in BENCHMARKS and name not in SETS:
-            raise UserError(
-                f"--benchmarks {name}: no such benchmark; expected of {', '.join(BENCHMARKS)}, or one of the sets "
-                f"{', '.join(SETS)}"
-            )
-        if path and not Path(path).exists():
-            raise UserError(f"--benchmarks {argument}: {path} does not exist; give the folder or file of its data")
-        chosen |= {member: Path(path) if path else None for member in SETS.get(name, (name,))}
-    return chosen
-
-
 def prove_rules(benchmarks: Mapping[str, Path | None], console: Console) -> bool:
     """Try every protocol's rules on the rows of benchmarks, or on rows made for it; whether the default ones passed."""
     rows = None

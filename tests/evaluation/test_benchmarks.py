@@ -297,7 +297,10 @@ def test_jama_cases_are_found_by_their_articles(tmp_path: Path):
     second = loaded.rows[1]
     assert (second.options, second.answer) == (("Biopsy", "Wait", "Give steroids", "Amputate"), "B")
     assert shades(second) == [42, 43] and second.groups == {"field": "Neurology"}
-    assert second.extra == {"case": "2800001", "reference": "The rash of case 1 is itchy. Biopsy shows spongiosis."}
+    assert second.extra == {
+        "case": "jama/2800001",
+        "reference": "The rash of case 1 is itchy. Biopsy shows spongiosis.",
+    }
     file = load("jama-clinical-challenge", tmp_path / "jama_raw.json")
     assert [row.id for row in file.rows] == [row.id for row in loaded.rows]
     without = layouts.jama(tmp_path / "bare", pictures=False)
@@ -692,6 +695,19 @@ def test_from_the_hub_at_its_commit_and_again_without_it(tmp_path: Path):
         assert hub.sent("GET", "imgs.zip") and not hub.sent(path="KG.zip")
     # The server is gone: the copy in the cache serves, under the same commit.
     assert on_hub("slake-en", hub, tmp_path / "home")["revision"] == commit
+
+
+def test_of_medthinkvqa_only_the_test_cases_pictures_are_fetched(tmp_path: Path):
+    folder = layouts.medthinkvqa(tmp_path / "set")
+    for name in ("images/case1/train.jpg", "train.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not needed")
+    with FakeHub() as hub:
+        commit = publish(hub, "bio-nlp-umass/MedThinkVQA", folder)
+        loaded = on_hub("medthinkvqa", hub, tmp_path / "home")
+        assert loaded == {"revision": commit, "ids": ["eurorad/19250", "eurorad/19251"]}
+        assert hub.sent("GET", "images/case19250/a.jpg") and not hub.sent(path="train")
+    assert on_hub("medthinkvqa", hub, tmp_path / "home") == loaded
 
 
 def test_gated_unknown_and_unreachable_data_sets(tmp_path: Path):

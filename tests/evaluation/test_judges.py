@@ -61,6 +61,7 @@ def test_the_entry_counts_and_compares(tmp_path):
         "made-up": {
             "model": "judge-1",
             "host": server.url.split("/")[2],
+            "cache": "judge.jsonl",
             "prompt_hash": hashlib.sha256(judges.PROMPT.text.encode()).hexdigest()[:16],
             "n": 8,
             "accuracy": by_judge,

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from huatuo_vision.evaluation import run
+from huatuo_vision.evaluation.benchmarks import chosen_benchmarks
 from huatuo_vision.schema import UserError
 from tests.evaluation.helpers import run_python
 from tests.evaluation.server import Sent, completion, endpoint
@@ -238,4 +239,4 @@ def test_commands_that_do_not_fit_together_are_one_sentence(command, arguments, 
 
 
 def test_a_set_stands_for_its_members():
-    assert list(run.chosen_benchmarks(["huatuo-bundle", "phantom"]))[-2:] == ["huatuo-mmmu-val", "phantom"]
+    assert list(chosen_benchmarks(["huatuo-bundle", "phantom"]))[-2:] == ["huatuo-mmmu-val", "phantom"]

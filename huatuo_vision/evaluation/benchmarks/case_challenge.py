@@ -98,6 +98,7 @@ def _jama(record: Record, source: Source) -> Row:
         {"field": record.text("field")} if record.get("field") else {},
         record,
         reference="explanation",
+        collection="jama/",
     )
 
 
@@ -147,7 +148,9 @@ def _case(
     record: Record,
     *,
     reference: str,
+    collection: str = "",
 ) -> Row:
+    """A case's row. reference: the column of its discussion; collection: what its number is one of."""
     text = record.get(reference)
     # Without a discussion the choice can be graded, the explanation can't: the rubric counts such cases.
     extra = {"reference": text.strip()} if isinstance(text, str) and text.strip() else {}
@@ -160,7 +163,7 @@ def _case(
         answer=answer,
         images=images,
         groups=groups,
-        extra={"case": case, **extra},
+        extra={"case": f"{collection}{case}", **extra},
     )
 
 
