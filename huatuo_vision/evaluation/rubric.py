@@ -60,7 +60,7 @@ States = ("marked", "empty", "no_list", "prose", "out_of_range")
 _ITEM = re.compile(r"^\s*(\d{1,2})\s*[.):]\s+(\S.*?)\s*$", re.MULTILINE)
 _MARK = re.compile(
     r"(?:the\s+)?(?:(?:total|final|overall)\s+)?(?:score|mark|sum|total)?\s*(?:is\b|[:=])?\s*"
-    r"([-+]?[0-9]+(?:\.[0-9]+)?)\s*(?:/\s*([0-9]+(?:\.[0-9]+)?)|points?|marks?)?\s*\.?",
+    r"([-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+))\s*(?:/\s*([0-9]+(?:\.[0-9]+)?)|points?|marks?)?\s*\.?",
     re.IGNORECASE,
 )
 _JSON_MARK = re.compile(r'\{\s*"(?:score|mark|sum|total)"\s*:\s*"?([^",{}]+)"?\s*\}')

@@ -52,6 +52,7 @@ def run(reply, out, answers, repeats=1, **changed):
         ("Score: 4", (4.0, "marked")),
         ("The total score is 1.5.", (1.5, "marked")),
         ("3/5", (3.0, "marked")),
+        (".5", (0.5, "marked")),
         ("2.5 points", (2.5, "marked")),
         ('{"score": 4.5}', (4.5, "marked")),
         ("<think>Item 1 earns 0.5, item 2 too.</think>\n1.0", (1.0, "marked")),
