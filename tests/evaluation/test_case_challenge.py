@@ -14,9 +14,9 @@ from huatuo_vision.evaluation.variants import OPTIONS_ONLY_QUESTION, with_contro
 from huatuo_vision.schema import UserError
 from tests.evaluation import layouts
 from tests.evaluation.case_server import JUDGE, judge, kind_of, student_of, text_of
+from tests.evaluation.helpers import read_lines
 from tests.evaluation.server import Sent, completion
 from tests.evaluation.server import endpoint as serve
-from tests.evaluation.tiny import read_lines
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 from huatuo_vision.evaluation import answers, endpoint, judges
 from huatuo_vision.evaluation.judge_client import Judge
 from huatuo_vision.schema import UserError
+from tests.evaluation.helpers import read_lines
 from tests.evaluation.server import Sent, completion
 from tests.evaluation.server import endpoint as serve
-from tests.evaluation.tiny import mixed_rows, read_lines
+from tests.evaluation.tiny import mixed_rows
 
 
 @dataclass(frozen=True)

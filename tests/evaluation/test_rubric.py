@@ -9,9 +9,9 @@ from huatuo_vision.evaluation import endpoint, human_marks, rubric
 from huatuo_vision.evaluation.judge_client import Judge
 from huatuo_vision.schema import UserError
 from tests.evaluation.case_server import JUDGE, judge, kind_of, student_of, text_of
+from tests.evaluation.helpers import read_lines
 from tests.evaluation.server import Sent, completion
 from tests.evaluation.server import endpoint as serve
-from tests.evaluation.tiny import read_lines
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from huggingface_hub import constants
 from huatuo_vision.evaluation import run
 from huatuo_vision.evaluation.benchmarks import chosen_benchmarks
 from huatuo_vision.schema import UserError
-from tests.evaluation.helpers import run_python
+from tests.evaluation.helpers import read_lines, run_python
 from tests.evaluation.server import Sent, completion, endpoint
-from tests.evaluation.tiny import read_lines, save_tiny_model
+from tests.evaluation.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")
