@@ -113,6 +113,14 @@ def test_all_three_ways_and_nothing_else(tmp_path, command, capsys):
     assert command("--require-clean") == 1
 
 
+def test_cases_without_a_number_by_the_columns_that_name_them(tmp_path, command):
+    mine = layouts.cases(tmp_path / "mine")
+    rows = {"a": (textured(1), CLEAN, {"case": "case-1"}), "case-2": (textured(2), CLEAN, {"article": "case-20"})}
+    training(tmp_path / "train", rows)
+    assert command(benchmarks=[f"case-challenge={mine}"]) == 0
+    assert found(tmp_path) == {("a", "case"): "case-challenge:case-1"}
+
+
 def test_a_clean_set_is_clean(tmp_path, command):
     training(tmp_path / "train", {"clean": (textured(100), CLEAN), "text": (textured(101), "Nothing of theirs.")})
     assert command("--require-clean") == 0
