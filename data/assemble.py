@@ -156,6 +156,7 @@ def dataset_rows(pair: Pair, images: Sequence[bytes], number: int) -> dict[str, 
 
 def human_turns(pair: Pair, n_images: int) -> list[tuple[str, str]]:
     """What people wrote, word for word: of the pictures given the history, then the discussion, where there is one."""
+
     def texts(*sections: str) -> str:
         found = (text for text, section in zip(pair.context, pair.sections, strict=True) if section in sections)
         return "\n".join(found)

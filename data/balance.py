@@ -96,7 +96,8 @@ class Decide(PipelineStep):
             kept, over = _first(kept, lambda row: row.modality, wanted)
             named = [row for row in over if row.modality in wanted]
             _drop(dropped, named, "over_modality_share", "more rows of its modality than its share")
-            _drop(dropped, [r for r in over if r.modality not in wanted], "modality_not_named", "no share is given to it")
+            others = [row for row in over if row.modality not in wanted]
+            _drop(dropped, others, "modality_not_named", "no share is given to its modality")
             have = Counter(row.modality for row in kept)
             short = {label: number - have[label] for label, number in wanted.items() if number > have[label]}
         for of_rank, mine in dropped.items():

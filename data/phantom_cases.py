@@ -79,7 +79,9 @@ def _rng(seed: int, kind: int, index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1_000 + kind, index, 0)))
 
 
-def _facts(rng: np.random.Generator, cell: int, modalities: Sequence[str] = MODALITIES, *, finding: bool = True) -> Facts:
+def _facts(
+    rng: np.random.Generator, cell: int, modalities: Sequence[str] = MODALITIES, *, finding: bool = True
+) -> Facts:
     """Facts of cell `cell` of modality and size, all else by chance."""
     modality, size = modalities[cell % len(modalities)], SIZES[cell // len(modalities) % len(SIZES)]
     parts = BODY_PARTS_OF[modality]
@@ -92,6 +94,10 @@ def _findings(facts: Facts) -> str:
         return "no finding"
     noun = "finding" if facts.count == 1 else "findings"
     return f"{COUNTS[facts.count - 1]} {facts.size} {noun} on the {facts.side} side"
+
+
+def _examination(facts: Facts) -> str:
+    return f"{'a' if facts.modality in ('CT', 'histology', 'fundus') else 'an'} {facts.modality} examination"
 
 
 def _save(image: Image.Image, path: Path) -> str:
@@ -128,7 +134,7 @@ def _write_cases(folder: Path, n: int, seed: int) -> None:
             case / "case.json",
             {
                 "title": f"Phantom case {index}",
-                "history": f"Phantom {index} came for a {facts.modality} examination of the {facts.body_part}.",
+                "history": f"Phantom {index} came for {_examination(facts)} of the {facts.body_part}.",
                 "findings": f"The {facts.modality} examination shows {_findings(facts)}.",
                 "discussion": f"What is seen in the {facts.body_part} is drawn by a program and has no cause.",
                 "diagnosis": f"Phantom {facts.body_part}, {_findings(facts)}.",
@@ -258,9 +264,9 @@ def guidelines() -> list[dict[str, object]]:
     for modality in MODALITIES:
         add(
             f"Phantom guideline: quality of {modality} images",
-            f"Invented for a demonstration. An {modality} image is repeated where the subject moved. The device is "
-            "checked every morning by whoever is first in the room, and the check is written into the book beside it. "
-            "Nothing is said here of what an image shows. " * 2,
+            f"Invented for a demonstration. What is seen on {modality} is repeated where the subject moved. The device "
+            "is checked every morning by whoever is first in the room, and the check is written into the book beside "
+            "it. Nothing is said here of what an image shows. " * 2,
         )
         add(f"Phantom guideline: reporting on {modality}", f"A report on {modality} names the body part first.")
     add("Phantom guideline: left empty", "")

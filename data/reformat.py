@@ -48,6 +48,10 @@ def answers_folder(run: RunFolder) -> Path:
     return run.path / "answers"
 
 
+def figure_of(pair: Pair, evidence: tuple[Evidence, ...] = ()) -> Figure:
+    return Figure(pair.id, pair.image_ids, pair.caption, pair.context, pair.annotated, pair.modality, evidence)
+
+
 class FiguresOfRank:
     """A rank's rows as what requests are made from, and their pictures. A context manager."""
 
@@ -65,10 +69,7 @@ class FiguresOfRank:
         self._stack.close()
 
     def of(self, pair: Pair) -> Figure:
-        found = self._evidence.get(pair.id, ())
-        return Figure(
-            pair.id, pair.image_ids, pair.caption, pair.context, pair.annotated, pair.modality, found
-        )
+        return figure_of(pair, self._evidence.get(pair.id, ()))
 
     def images(self, figure: Figure) -> list[bytes]:
         """Of `figure.shown()`, encoded."""

@@ -180,8 +180,8 @@ class ReadGuidelines(PipelineStep):
             vectors.append(encode([f"{row['title']} {row['text']}" for row in batch]).astype(np.float16))
         if not rows:
             raise UserError(
-                f"retrieve.guidelines.path: none of the {counts['guidelines']} guidelines in {self.guidelines.path} has "
-                "a text that can be used; check clean_text, or remove guidelines"
+                f"retrieve.guidelines.path: none of the {counts['guidelines']} guidelines in {self.guidelines.path} "
+                "has a text that can be used; check clean_text, or remove guidelines"
             )
         folder = self.run_folder.path / "retrieve"
         with whole_file(folder / "guidelines.parquet") as unfinished:

@@ -28,6 +28,7 @@ from data.phantom_cases import FOLLOW_UPS, QUESTION, rule_in, stated
 
 MODEL = "stand-in-from-captions"
 
+
 def reply(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat completion for a request of the builder's."""
     content = body["messages"][0]["content"]

@@ -6,7 +6,7 @@
     vectors/<name>/NNNNN.parquet  id, vector (float16, length 1)
     logs/<pass>.json              which settings and how many tasks the pass was last started with
     logs/<pass>-<fingerprint>/    datatrove's logs, completions/NNNNN, and counts/NNNNN.json (the manifest)
-    evidence/pairs/NNNNN.parquet  guideline chunks and cases found for a row; images/ beside it holds the cases' pictures
+    evidence/found/NNNNN.parquet  guideline chunks and cases found for a row; the pictures beside them in images/
     units/NNNNN.jsonl             what ingest reads in each task, planned before anything is read
     out/                          the finished data set
 
@@ -64,7 +64,9 @@ class Pair:
     overlaps: str | None = None  # dedup: the evaluation row that it resembles, where such rows are flagged
     evidence: tuple[str, ...] = ()  # reformat: ids of the guideline chunks and cases that the text was written with
     evidence_licences: tuple[str, ...] = ()  # and their licences
-    method: str | None = None  # reformat: native_caption, llm_reformatted, mllm_distill, mllm_reformatted, mllm_grounded
+    method: str | None = (
+        None  # reformat: native_caption, llm_reformatted, mllm_distill, mllm_reformatted, mllm_grounded
+    )
     scenario: str | None = None
     prompt_version: str | None = None
     model: str | None = None  # as the endpoint called it

@@ -22,7 +22,7 @@ _MODALITY_WORDS = {
     "Endoscopy": r"endoscop\w+|colonoscop\w+|gastroscop\w+|bronchoscop\w+",
     "Fundus Photography": r"fundus",
     "Dermoscopy": r"dermoscop\w+|dermatoscop\w+",
-    "Microscopy Images": r"microscop\w+|micrograph\w*|histolog\w+|histopatholog\w+|H&E|haematoxylin|hematoxylin|stain\w*",
+    "Microscopy Images": r"microscop\w+|micrograph\w*|histolog\w+|histopatholog\w+|H&E|ha?ematoxylin|stain\w*",
     "Digital Photography": r"photo\w*",
 }
 _BODY_PART_WORDS = {

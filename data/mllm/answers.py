@@ -24,8 +24,8 @@ _SORRY = re.compile(
 )
 # The prompt's one prohibition, where a reply breaks it in so many words.
 _TOLD = re.compile(
-    r"</?\s?(?:reference|guideline|case|target)\s?>|\bthe (?:provided|given|retrieved|similar) (?:reference|caption|text"
-    r"|guideline|case)\b"
+    r"</?\s?(?:reference|guideline|case|target)\s?>"
+    r"|\bthe (?:provided|given|retrieved|similar) (?:reference|caption|text|guideline|case)\b"
     r"|\b(?:according to|based on|as (?:stated|described|noted) in|from) the (?:above )?(?:reference|caption)\b",
     re.IGNORECASE,
 )

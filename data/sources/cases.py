@@ -66,7 +66,9 @@ def _figure(
     if not isinstance(images, list) or not images or not all(isinstance(i, str) and i.strip() for i in images):
         return Dropped(id_, "malformed_row", "a figure has no list of image file names in images")
     sections = EVERY_FIGURE | (FIRST_FIGURE if number == 1 else {})
-    context = {section: " ".join(filter(None, (_text(case, key) for key in keys))) for section, keys in sections.items()}
+    context = {
+        section: " ".join(filter(None, (_text(case, key) for key in keys))) for section, keys in sections.items()
+    }
     context = {section: text for section, text in context.items() if text}
     caption = _text(figure, "caption")
     if not caption and not context:

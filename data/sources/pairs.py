@@ -42,7 +42,9 @@ def list_chunks(fs: AbstractFileSystem, root: str, settings: Source, limit: int 
     paths = [root] if single else sorted(fs.ls(root, detail=False))
     left = limit
     for path in (path for path in paths if path.lower().endswith(SUFFIXES) and not path[prefix:].startswith(".")):
-        chunks = {".parquet": _parquet_chunks, ".csv": _csv_chunks}.get(PurePosixPath(path.lower()).suffix, _line_chunks)
+        chunks = {".parquet": _parquet_chunks, ".csv": _csv_chunks}.get(
+            PurePosixPath(path.lower()).suffix, _line_chunks
+        )
         for chunk in chunks(fs, path, settings):
             if left == 0:
                 return

@@ -78,7 +78,9 @@ def read_unit(fs: AbstractFileSystem, root: str, unit: Mapping[str, str], settin
         return
     marks = _lesions(fs, root.rstrip("/")).get(where, {})
     try:
-        volumes = _nifti(files, where, name, marks, settings) if "nifti" in unit else _series(files, fs, where, name, marks)
+        volumes = (
+            _nifti(files, where, name, marks, settings) if "nifti" in unit else _series(files, fs, where, name, marks)
+        )
         for id_, volume in volumes.items():
             yield from _rows(id_, name, volume, settings)
     except BadSample as error:
@@ -179,7 +181,7 @@ def _unpacked(packed: Any) -> bytes:
 
 
 def _oriented(image: Any, name: str) -> tuple[np.ndarray, int]:
-    """Values along right, anterior, superior, and the axis that slices are cut across. Raises BadSample: not_a_volume."""
+    """Values along right, anterior, superior, and the axis that is cut across. Raises BadSample: not_a_volume."""
     import nibabel
 
     if len(image.shape) == 2:
@@ -225,9 +227,7 @@ def _box_of(plane: np.ndarray) -> tuple[int, int, int, int]:
 # DICOM ---------------------------------------------------------------------------------------------------------------
 
 
-def _series(
-    files: FolderFiles, fs: AbstractFileSystem, folder: str, name: str, marks: Boxes
-) -> dict[str, _Slices]:
+def _series(files: FolderFiles, fs: AbstractFileSystem, folder: str, name: str, marks: Boxes) -> dict[str, _Slices]:
     """The series of a folder; several are told apart by number. Raises BadSample: unreadable_volume."""
     base = f"{files.folder.rstrip('/')}/{folder}" if folder != "." else files.folder.rstrip("/")
     series: dict[str, list[tuple[float, str]]] = defaultdict(list)
@@ -245,7 +245,9 @@ def _series(
                 series[str(tags.get("SeriesInstanceUID", ""))].append((_position(tags), inside))
             except READ_ERRORS as error:
                 said = " ".join(str(error).split())[:120]
-                raise BadSample(name, "unreadable_volume", f"{PurePosixPath(inside).name} can't be read ({said})") from None
+                raise BadSample(
+                    name, "unreadable_volume", f"{PurePosixPath(inside).name} can't be read ({said})"
+                ) from None
     if not series:
         raise BadSample(name, "unreadable_volume", "the folder holds no DICOM file")
     found = {}
@@ -291,7 +293,7 @@ def _lesions(fs: AbstractFileSystem, root: str) -> dict[str, dict[int, list[tupl
                     boxes.append(tuple(round(float(corner)) for corner in corners))
             except (KeyError, ValueError, TypeError, AttributeError):
                 raise UserError(
-                    f"{LESIONS_FILE}, line {number}: {row}; expected volume, slice (from 0) and, if known, x0, y0, x1, y1"
+                    f"{LESIONS_FILE}, line {number}: {row}; expected volume, slice (from 0) and perhaps x0, y0, x1, y1"
                 ) from None
     return marks
 
