@@ -131,12 +131,16 @@ class Ingest(Source):
 
 
 class TextFilter(Strict):
-    """At least `min_terms` distinct terms of a medical vocabulary in caption and context."""
+    """At least `min_terms` distinct terms of a medical vocabulary in caption and context.
+
+    Rows that nobody described are let through: tags are no text to judge by.
+    """
 
     vocabulary: str | None = Field(
         None, description="a term a line, as python -m data.filters.vocabulary writes; None: the short list of our own"
     )
     min_terms: int = Field(5, ge=0)
+    min_words: int = Field(0, ge=0, description="of the caption (SemiHVision's captions of PMC have 20 at least)")
 
 
 class ImageEncoder(Strict):
@@ -187,7 +191,9 @@ class Guard(Strict):
         {}, description="names as eval.py knows them, each with a local copy, or null for the Hub"
     )
     cases: str | None = Field(
-        None, description="a file of held-out case ids, one a line: rows whose article is one of them overlap"
+        None,
+        description="a file of held-out cases, one a line, as the rows' article calls them (<source>-<case>, where "
+        "there are several sources)",
     )
     on_overlap: Literal["drop", "flag"] = "drop"
     question_words: PositiveInt = Field(8, description="a question overlaps by so many words in a row")
