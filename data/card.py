@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from markupsafe import Markup
 from data import balance, retrieve
 from data.assemble import KINDS, rows_by_class
 from data.config import BuildConfig
+from data.dedup.stage import contamination
 from data.funnel import StageCounts, draw_funnel, funnel
 from data.mllm.cache import AnswerCache, Usage, spent
 from data.mllm.prompts import GROUNDED
@@ -71,7 +71,7 @@ def write_card(run: RunFolder, config: BuildConfig) -> Path:
         modalities=counted["modality"].most_common(),
         body_parts=counted["body_part"].most_common(),
         licences=licences.most_common(),
-        contamination=_contamination(run),
+        contamination=contamination(run),
         sources=config.ingest.sources,
         collections=counted["collection"],
         balance=balanced,
@@ -180,11 +180,6 @@ def _evidence(run: RunFolder, out: Path) -> dict[str, Any]:
     return {"found": retrieve.scores(run), "pieces": sorted(pieces.items())}
 
 
-def _contamination(run: RunFolder) -> dict[str, Any]:
-    path = run.path / "decisions" / "contamination.json"
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _listed(counts: Mapping[str, Any]) -> str:
     ordered = sorted(counts.items(), key=lambda item: (-item[1] if isinstance(item[1], int) else 0, item[0]))
     return ", ".join(f"{name} {number}" for name, number in ordered) or "none"
@@ -202,17 +197,17 @@ def _draw_balance(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
         (label, *(100 * of.get(label, 0) / max(sum(of.values()), 1) for of in (counts["before"], counts["after"])))
         for label in labels
     ]
-    paper = [(name, before or 0, after or 0) for name, before, after, _ in balance.PUBLISHED]
+    paper = [(name, before, after) for name, before, after, _ in balance.PUBLISHED]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.45 * max(len(ours), len(paper)) + 1.4), layout="constrained")
     for side, (title, rows) in zip(axes, (("paper, Figure 2", paper), ("this data set", ours)), strict=True):
         for place, (shift, colour, word) in enumerate(((-0.2, "#b8c4d0", "before"), (0.2, "#2a6ca8", "after"))):
-            shares = [row[1 + place] for row in rows]
-            side.barh([n + shift for n in range(len(rows))], shares, color=colour, height=0.38, label=word)
-            for n, share in enumerate(shares):
-                side.text(share, n + shift, f" {share:.1f}", va="center", fontsize=8)
+            drawn = [(n + shift, row[1 + place]) for n, row in enumerate(rows) if row[1 + place] is not None]
+            side.barh(*zip(*drawn, strict=True), color=colour, height=0.38, label=word)
+            for at, share in drawn:
+                side.text(share, at, f" {share:.1f}", va="center", fontsize=8)
         side.set_yticks(range(len(rows)), [row[0] for row in rows])
         side.invert_yaxis()
-        side.set_xlim(0, max(max(row[1:]) for row in rows) * 1.15 or 1)
+        side.set_xlim(0, max(share or 0 for row in rows for share in row[1:]) * 1.15 or 1)
         side.set_xlabel("% of images" if rows is paper else "% of rows")
         side.set_title(title, loc="left", fontsize=11)
         side.spines[["top", "right"]].set_visible(False)

@@ -6,8 +6,9 @@
 
 No row drops here; the stage reformat reads what was found. A case is never evidence for itself: not for the same row,
 not for another of its article (case, study, patient), and not where it shows one of the same pictures. Nothing of an
-evaluation set is evidence: such rows were dropped by dedup's guard, those that it only flagged are left out here, and
-so are chunks that quote a question. The paper gives neither the fusion nor k (arXiv 2410.14948); both are settings.
+evaluation set is evidence: what dedup's guard found, and every other row of its case, is left out, whether such rows
+were dropped or only flagged, and so are chunks that quote a question. The paper gives neither the fusion nor k (arXiv
+2410.14948); both are settings.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from PIL import Image
 
 from data.config import Guard, Guidelines, Retrieve
 from data.dedup.guard import EvaluationSets, runs_of_words
+from data.dedup.stage import contamination
 from data.filters.encoders import encoder_name, shared_encoder
 from data.mllm.requests import Evidence
 from data.sources.text import folded
@@ -291,10 +293,11 @@ class Search(PipelineStep):
         pairs: list[Pair] = []
         ranks: list[int] = []
         vectors: list[np.ndarray] = []
+        held_out = frozenset(overlap["article"] for overlap in contamination(self.run_folder)["overlaps"])
         for rank in range(self.tasks):
             _, of_rank = self.run_folder.vectors(vectors_name(self.settings), rank)
             for place, pair in enumerate(self.run_folder.pairs(PREVIOUS, rank)):
-                if may_be_evidence(pair):
+                if may_be_evidence(pair, held_out):
                     pairs.append(pair)
                     ranks.append(rank)
                     vectors.append(of_rank[place])
@@ -331,9 +334,9 @@ class Search(PipelineStep):
                         copied.add(image_id)
 
 
-def may_be_evidence(pair: Pair) -> bool:
-    """People described it, and nothing in it is of an evaluation set."""
-    return pair.annotated and pair.overlaps is None
+def may_be_evidence(pair: Pair, held_out: Set[str]) -> bool:
+    """People described it, and neither it nor another row of its case is of an evaluation set."""
+    return pair.annotated and pair.overlaps is None and pair.article not in held_out
 
 
 def same_case(row: Pair, case: Pair) -> bool:

@@ -10,6 +10,7 @@ Of rows that are the same, the one with the largest pictures stays, then the lon
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -60,6 +61,11 @@ def dedup_passes(run: RunFolder, settings: Dedup, tasks: int) -> list[Pass]:
         row_pass(run, STAGE, PREVIOUS, tasks, (Apply(run),), record),
     ]
     return passes
+
+
+def contamination(run: RunFolder) -> dict[str, Any]:
+    """What the guard found: which evaluation sets were compared, and the rows that overlap them."""
+    return json.loads((run.path / "decisions" / REPORT_FILE).read_text(encoding="utf-8"))
 
 
 class ReadCaptions(PipelineStep):
@@ -207,7 +213,8 @@ class Decide(PipelineStep):
         ids = rows["id"]
         overlaps = []
         for row, (reason, detail) in sorted(found.items()):
-            overlaps.append({"id": _at(ids, row), "reason": reason, "detail": detail})
+            where = {"id": _at(ids, row), "article": _at(rows["article"], row)}
+            overlaps.append({**where, "reason": reason, "detail": detail})
             if guard.on_overlap == "drop":
                 decided.setdefault(row, (reason, detail))
             else:

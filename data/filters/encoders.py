@@ -75,22 +75,31 @@ def _shared_encoder(settings: ImageEncoder) -> SharedEncoder:
             lambda texts: np.pad(hashed(texts), ((0, 0), (_LOOK, 0))),
         )
     import torch
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        processor = AutoImageProcessor.from_pretrained(settings.id, revision=settings.revision, backend="pil")
         tokenizer = AutoTokenizer.from_pretrained(settings.id, revision=settings.revision)
-        model = CLIPTextModelWithProjection.from_pretrained(settings.id, revision=settings.revision).eval().to(device)
+        model = CLIPModel.from_pretrained(settings.id, revision=settings.revision).eval().to(device)
     except (OSError, ValueError) as error:
         raise _unavailable("retrieve.encoder", settings.id, error) from None
-    length = model.config.max_position_embeddings
+    length = model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
-    def encode(texts: Sequence[str]) -> np.ndarray:
-        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return _unit(model(**tokens.to(device)).text_embeds.float().cpu().numpy())
+    def images(pictures: Sequence[Image.Image]) -> np.ndarray:
+        pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(device)
+        seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        return _unit(seen.float().cpu().numpy())
 
-    return SharedEncoder(_load_image_encoder(settings), encode)
+    @torch.inference_mode()
+    def texts(said: Sequence[str]) -> np.ndarray:
+        tokens = tokenizer(list(said), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        inputs = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
+        read = model.text_projection(model.text_model(**inputs).pooler_output)
+        return _unit(read.float().cpu().numpy())
+
+    return SharedEncoder(images, texts)
 
 
 # Loaded once a process and not once a task; one at a time, since a worker serves all stages.

@@ -46,11 +46,11 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> Store
     return store_encoded(buffer.getvalue(), "x")[0]
 
 
-def folder(path: Path, ranks: list[list[tuple[Pair, list[StoredImage]]]]) -> RunFolder:
-    """A run folder in which image-filter is complete with these rows and pictures."""
+def folder(path: Path, ranks: list[list[tuple[Pair, list[StoredImage]]]], complete: str = "image-filter") -> RunFolder:
+    """A run folder in which a stage is complete with these rows and pictures."""
     run = RunFolder(path)
     (path / "logs").mkdir(parents=True)
-    for stage in ("ingest", "image-filter"):
+    for stage in ("ingest", complete):
         (path / "logs" / f"{stage}.json").write_text(json.dumps({"fingerprint": "0", "tasks": len(ranks)}))
         for rank, rows in enumerate(ranks):
             with stage_output(run, stage, rank, None) as output:

@@ -77,7 +77,7 @@ def test_entries_count_once_as_whole_words_in_any_case():
 
 
 def test_the_filter_counts_over_caption_and_mentions_and_says_how_many():
-    step = CountTerms(OWN_VOCABULARY, 5)
+    step = CountTerms(OWN_VOCABULARY, TextFilter(min_terms=5))
     rich = pair(1, caption="Chest radiograph with pleural effusion.", context=("Pneumonia of the left lung.",))
     poor = pair(2, caption="The chest.", context=())
     before = Dropped("x", "missing_image")
