@@ -31,11 +31,17 @@ _BODY_PART_WORDS = {
     **{part.lower(): part for part in BODY_PARTS if part != "Others"},
 }  # fmt: skip
 _MODALITY = {label: re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for label, words in _MODALITY_WORDS.items()}
-_LABELS = {label.casefold(): label for label in MODALITIES}
+# Where a text is nothing else: the labels themselves, and DICOM's codes (PS3.3 C.7.3.1.1.1).
+_LABELS = {label.casefold(): label for label in MODALITIES} | {
+    "ct": "Computed Tomography", "mr": "Magnetic Resonance Imaging", "us": "Ultrasound", "cr": "X-Ray", "dx": "X-Ray",
+    "rf": "X-Ray", "mg": "X-Ray", "pt": "Nuclear Imaging", "nm": "Nuclear Imaging", "xa": "Angiography",
+    "sm": "Microscopy Images", "es": "Endoscopy", "op": "Fundus Photography", "opt": "Optical Coherence Tomography",
+    "xc": "Digital Photography",
+}  # fmt: skip
 
 
 def modality_of(text: str) -> str | None:
-    """The label that the text is, or names in its own words; None where it names none."""
+    """The label (or DICOM code) that the text is, or names in its own words; None where it names none."""
     if label := _LABELS.get(text.strip().casefold()):
         return label
     return next((label for label, words in _MODALITY.items() if words.search(text)), None)

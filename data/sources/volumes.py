@@ -12,7 +12,10 @@ patient's right on the left of the picture, front or head on top. A DICOM series
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import math
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +40,7 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 LESIONS_FILE = "lesions.csv"
 # Of a volume's values, what becomes black and white where no window is given.
 _DARKEST, _BRIGHTEST = 0.5, 99.5  # percent
+_MOST_BYTES = 4 * 2**30
 
 Boxes = Mapping[int, Sequence[tuple[int, ...]]]  # slice -> boxes on it; none where only the slice is known
 
@@ -132,7 +136,7 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 def _nifti(files: FolderFiles, path: str, name: str, marks: Boxes, settings: Source) -> dict[str, _Slices]:
     """Raises BadSample: unreadable_volume, not_a_volume, mask_mismatch, image_too_large."""
-    values, axis = _oriented(_load(files, path, name), name)
+    values, axis = _load(files, path, name)
     notes: tuple[str, ...] = ()
     mask = _mask(files, path, name, values.shape)
     if mask is not None and not marks:
@@ -154,34 +158,35 @@ def _nifti(files: FolderFiles, path: str, name: str, marks: Boxes, settings: Sou
     return {name: _Slices(values.shape[axis], picture, marks, notes)}
 
 
-def _load(files: FolderFiles, path: str, name: str) -> Any:
+def _load(files: FolderFiles, path: str, name: str) -> tuple[np.ndarray, int]:
+    """Values along right, anterior, superior, and the axis that is cut across.
+
+    Raises BadSample: unreadable_volume, not_a_volume, image_too_large.
+    """
     import nibabel
 
+    broken = (OSError, EOFError, ValueError, OverflowError, zlib.error)
+    broken += (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
     try:
         data = files.read(path)
-        stream = io.BytesIO(data)
-        if data[:2] == b"\x1f\x8b":
-            import gzip
-
-            stream = io.BytesIO(_unpacked(gzip.GzipFile(fileobj=stream)))
-        return nibabel.Nifti1Image.from_stream(stream)
+        packed = data[:2] == b"\x1f\x8b"
+        stream = gzip.GzipFile(fileobj=io.BytesIO(data)) if packed else io.BytesIO(data)
+        unpacked = stream.read(_MOST_BYTES + 1)
+        image = nibabel.Nifti1Image.from_bytes(unpacked)
+        if len(unpacked) > _MOST_BYTES or 8 * math.prod(image.shape) > _MOST_BYTES:
+            raise TooLarge(f"{path} takes more than {_MOST_BYTES:,} bytes in memory")
+        return _oriented(image, name)
+    except BadSample:
+        raise
     except TooLarge as error:
         raise BadSample(name, "image_too_large", str(error)) from None
-    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+    except broken as error:
         said = " ".join(str(error).split())[:200]
         raise BadSample(name, "unreadable_volume", f"{path} can't be read as NIfTI ({said}); copy it again") from None
 
 
-def _unpacked(packed: Any) -> bytes:
-    limit = 4 * 2**30  # bytes in memory
-    data = packed.read(limit + 1)
-    if len(data) > limit:
-        raise TooLarge(f"the file unpacks to more than {limit:,} bytes")
-    return data
-
-
 def _oriented(image: Any, name: str) -> tuple[np.ndarray, int]:
-    """Values along right, anterior, superior, and the axis that is cut across. Raises BadSample: not_a_volume."""
+    """Raises BadSample: not_a_volume."""
     import nibabel
 
     if len(image.shape) == 2:
@@ -211,7 +216,7 @@ def _mask(files: FolderFiles, path: str, name: str, shape: tuple[int, ...]) -> n
         for suffix in NIFTI_SUFFIXES:
             mask = f"{candidate}{suffix}"
             if files.fs.exists(f"{files.folder.rstrip('/')}/{mask}"):
-                values, _ = _oriented(_load(files, mask, name), name)
+                values, _ = _load(files, mask, name)
                 if values.shape != shape:
                     said = f"{mask} has the shape {values.shape}, its volume {shape}"
                     raise BadSample(name, "mask_mismatch", f"{said}; both must be of one grid")

@@ -87,6 +87,13 @@ def test_the_filter_counts_over_caption_and_mentions_and_says_how_many():
     assert passed is before
 
 
+def test_tags_are_let_through_and_short_captions_are_not():
+    step = CountTerms(OWN_VOCABULARY, TextFilter(min_terms=0, min_words=3))
+    tags, short = pair(1, caption="CT", annotated=False), pair(2, caption="Two words")
+    kept, dropped = step.run(iter([tags, short]))
+    assert kept is tags and (dropped.reason, dropped.detail) == ("few_words", "2 of at least 3")
+
+
 def test_the_list_of_our_own_is_sound():
     entries = read_entries(OWN_VOCABULARY)
     assert 600 < len(entries) < 800 and len({e[0] for e in entries}) == len(entries)
