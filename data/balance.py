@@ -11,13 +11,14 @@ the paper (arXiv 2410.14948); the cap is Cambrian-1's, the shares are ours.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.pipeline.base import PipelineStep
@@ -29,7 +30,13 @@ from data.tables import Dropped, Pair, RunFolder, whole_file, write_json
 
 STAGE, PREVIOUS = "balance", "dedup"
 REPORT_FILE = "balance.json"
+DECIDE = f"{STAGE}.decide"
 UNKNOWN = "unknown"
+_WHY = {
+    "over_source_cap": "more rows of its source than balance.cap",
+    "over_modality_share": "more rows of its modality than its share",
+    "modality_not_named": "no share is given to its modality",
+}
 
 # The paper's Figure 2, percent of images: class -> before ("original PMC") and after (SemiHVision), and our label.
 # The columns add up to 99.23 and 97.97; what is missing is not labelled there, and "-" is not drawn.
@@ -46,19 +53,13 @@ PUBLISHED: tuple[tuple[str, float | None, float | None, str | None], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    rank: int
-    place: int
-    collection: str
-    modality: str
-    order: tuple[bool, str]  # what stays first: described by people, then by chance
-
-
-def balance_passes(run: RunFolder, settings: Balance, tasks: int) -> list[Pass]:
+def balance_passes(run: RunFolder, settings: Balance, tasks: int, *, counted: bool = True) -> list[Pass]:
+    """`counted` asks for the counts before and after also where no setting needs a look at all rows."""
     record = settings.model_dump(mode="json")
+    if not (counted or settings.cap is not None or settings.modalities):
+        return [row_pass(run, STAGE, PREVIOUS, tasks, (), record)]
     return [
-        Pass(f"{STAGE}.decide", (Decide(run, settings, tasks),), 1, record, ("balance",)),
+        Pass(DECIDE, (Decide(run, settings, tasks),), 1, record, ("balance",)),
         row_pass(run, STAGE, PREVIOUS, tasks, (Apply(run),), record),
     ]
 
@@ -69,12 +70,12 @@ def known_modality(pair: Pair) -> str:
 
 
 def report(run: RunFolder) -> dict[str, Any]:
-    """Rows before and after, by modality and by source."""
+    """Rows before and after, by modality and by source; and how many a modality is short of its share."""
     return json.loads((run.path / "balance" / REPORT_FILE).read_text(encoding="utf-8"))
 
 
 class Decide(PipelineStep):
-    """Looks at all rows at once: a hundred bytes of memory each."""
+    """Looks at all rows at once: 20 bytes of memory each."""
 
     type, name = "balance", "decide"
 
@@ -83,42 +84,73 @@ class Decide(PipelineStep):
         self.run_folder, self.settings, self.tasks = run, settings, tasks
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
-        rows = list(self._rows())
-        dropped: dict[int, list[tuple[int, str, str]]] = {rank: [] for rank in range(self.tasks)}
-        kept = rows
-        if self.settings.cap is not None:
-            names = {row.collection for row in rows}
-            kept, over = _first(rows, lambda row: row.collection, dict.fromkeys(names, self.settings.cap))
-            _drop(dropped, over, "over_source_cap", f"{self.settings.cap:,} rows of a source at most")
+        rows = _Rows(self.run_folder, self.tasks, self.settings.seed)
+        reasons = np.full(len(rows.modalities), "", object)
+        if (cap := self.settings.cap) is not None:
+            over = rows.beyond(rows.collections, np.full(len(rows.collection_names), cap), reasons == "")
+            reasons[over] = "over_source_cap"
         short: dict[str, int] = {}
         if self.settings.modalities:
-            wanted = wanted_rows(Counter(row.modality for row in kept), self.settings)
-            kept, over = _first(kept, lambda row: row.modality, wanted)
-            named = [row for row in over if row.modality in wanted]
-            _drop(dropped, named, "over_modality_share", "more rows of its modality than its share")
-            others = [row for row in over if row.modality not in wanted]
-            _drop(dropped, others, "modality_not_named", "no share is given to its modality")
-            have = Counter(row.modality for row in kept)
-            short = {label: number - have[label] for label, number in wanted.items() if number > have[label]}
-        for of_rank, mine in dropped.items():
-            places, reasons, details = zip(*sorted(mine), strict=True) if mine else ((), (), ())
-            columns = {"place": pa.array(places, pa.int32()), "reason": pa.array(reasons, pa.string())}
-            with whole_file(_decisions(self.run_folder, of_rank)) as unfinished:
-                pq.write_table(pa.table({**columns, "detail": pa.array(details, pa.string())}), unfinished)
-        counts = {
-            key: {
-                "before": dict(Counter(getattr(row, key) for row in rows).most_common()),
-                "after": dict(Counter(getattr(row, key) for row in kept).most_common()),
+            kept = reasons == ""
+            there = rows.counts("modality", kept)
+            wanted = wanted_rows(there, self.settings)
+            limits = np.array([wanted.get(name, 0) for name in rows.modality_names], np.int64)
+            over = rows.beyond(rows.modalities, limits, kept)
+            reasons[over] = "over_modality_share"
+            named = np.array([name in wanted for name in rows.modality_names], bool)
+            reasons[over & ~named[rows.modalities]] = "modality_not_named"
+            short = {name: n - there.get(name, 0) for name, n in wanted.items() if n > there.get(name, 0)}
+        starts = np.concatenate([[0], np.cumsum(rows.rows_of_rank)])
+        for of_rank, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
+            places = np.flatnonzero(reasons[start:end] != "")
+            columns = {
+                "place": pa.array(places, pa.int32()),
+                "reason": pa.array(reasons[start:end][places], pa.string()),
             }
+            with whole_file(_decisions(self.run_folder, of_rank)) as unfinished:
+                pq.write_table(pa.table(columns), unfinished)
+        counts = {
+            key: {"before": rows.counts(key), "after": rows.counts(key, reasons == "")}
             for key in ("modality", "collection")
         }
         write_json(self.run_folder.path / "balance" / REPORT_FILE, {**counts, "short": short})
 
-    def _rows(self) -> Iterator[_Row]:
-        for rank in range(self.tasks):
-            for place, pair in enumerate(self.run_folder.pairs(PREVIOUS, rank)):
-                chance = hashlib.sha256(f"{self.settings.seed}\0{pair.id}".encode()).hexdigest()
-                yield _Row(rank, place, pair.collection, known_modality(pair), (not pair.annotated, chance))
+
+class _Rows:
+    """All rows by position: source, modality, and which stays first (described by people, then by chance)."""
+
+    def __init__(self, run: RunFolder, tasks: int, seed: int):
+        self.collection_names: dict[str, int] = {}
+        self.modality_names: dict[str, int] = {}
+        collections, modalities, tags, chance = array("H"), array("B"), array("B"), array("Q")
+        self.rows_of_rank = np.zeros(tasks, np.int64)
+        for rank in range(tasks):
+            for pair in run.pairs(PREVIOUS, rank):
+                collections.append(self.collection_names.setdefault(pair.collection, len(self.collection_names)))
+                modalities.append(self.modality_names.setdefault(known_modality(pair), len(self.modality_names)))
+                tags.append(not pair.annotated)
+                chance.append(int.from_bytes(hashlib.sha256(f"{seed}\0{pair.id}".encode()).digest()[:8]))
+                self.rows_of_rank[rank] += 1
+        self.collections, self.modalities = np.array(collections), np.array(modalities)
+        self._order = np.lexsort((np.array(chance), np.array(tags)))
+
+    def beyond(self, groups: np.ndarray, limits: np.ndarray, among: np.ndarray) -> np.ndarray:
+        """Which of the rows `among` all are not among the first `limits[group]` of their group."""
+        order = self._order[among[self._order]]
+        order = order[np.argsort(groups[order], kind="stable")]
+        of_group = np.bincount(groups[order], minlength=len(limits))
+        place = np.arange(len(order)) - np.repeat(np.cumsum(of_group) - of_group, of_group)
+        over = np.zeros(len(groups), bool)
+        over[order[place >= limits[groups[order]]]] = True
+        return over
+
+    def counts(self, key: str, among: np.ndarray | None = None) -> dict[str, int]:
+        names, groups = (
+            (self.modality_names, self.modalities) if key == "modality" else (self.collection_names, self.collections)
+        )
+        numbers = np.bincount(groups if among is None else groups[among], minlength=len(names)).tolist()
+        counted = {name: numbers[code] for name, code in names.items() if numbers[code]}
+        return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
 def wanted_rows(there: Mapping[str, int], settings: Balance) -> dict[str, int]:
@@ -128,27 +160,6 @@ def wanted_rows(there: Mapping[str, int], settings: Balance) -> dict[str, int]:
     if total is None:
         total = min(there.get(label, 0) / share for label, share in shares.items())
     return {label: round(share * total) for label, share in shares.items()}
-
-
-def _drop(dropped: dict[int, list[tuple[int, str, str]]], rows: Iterable[_Row], reason: str, detail: str) -> None:
-    for row in rows:
-        dropped[row.rank].append((row.place, reason, detail))
-
-
-def _first(
-    rows: Iterable[_Row], key: Callable[[_Row], str], wanted: Mapping[str, int]
-) -> tuple[list[_Row], list[_Row]]:
-    """The first of each group in their order, as many as are wanted of it, and the others."""
-    taken: Counter[str] = Counter()
-    kept: list[_Row] = []
-    over: list[_Row] = []
-    for row in sorted(rows, key=lambda row: row.order):
-        if taken[key(row)] < wanted.get(key(row), 0):
-            taken[key(row)] += 1
-            kept.append(row)
-        else:
-            over.append(row)
-    return kept, over
 
 
 def _decisions(run: RunFolder, rank: int) -> Path:
@@ -163,9 +174,8 @@ class Apply(PipelineStep):
         self.run_folder = run
 
     def run(self, data: Rows, rank: int = 0, world_size: int = 1) -> Rows:
-        self.run_folder.tasks(f"{STAGE}.decide")
+        self.run_folder.tasks(DECIDE)
         table = pq.read_table(_decisions(self.run_folder, rank))
-        columns = (table[name].to_pylist() for name in ("place", "reason", "detail"))
-        over = {place: (reason, detail) for place, reason, detail in zip(*columns, strict=True)}
+        over = dict(zip(*(table[name].to_pylist() for name in ("place", "reason")), strict=True))
         for place, row in enumerate(data):
-            yield Dropped(row.id, *over[place]) if place in over else row
+            yield Dropped(row.id, over[place], _WHY[over[place]]) if place in over else row

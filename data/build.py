@@ -68,7 +68,7 @@ class Build:
             case "balance":
                 from data.balance import balance_passes
 
-                return balance_passes(run, config.balance, tasks)
+                return balance_passes(run, config.balance, tasks, counted=bool(config.ingest.sources))
             case "retrieve":
                 from data.retrieve import retrieve_passes
 

@@ -18,14 +18,16 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datatrove.pipeline.base import PipelineStep
 from PIL import Image
@@ -44,6 +46,7 @@ STAGE, PREVIOUS = "retrieve", "balance"
 GUIDELINES, VECTORS, SEARCH = (f"{STAGE}.{word}" for word in ("guidelines", "vectors", "search"))
 REPORT_FILE = "guidelines.json"
 _KEYS = ("id", "title", "clean_text")
+_CASE_COLUMNS = ("id", "article", "title", "caption", "context", "licence", "image_ids", "annotated", "overlaps")
 _FOUND = pa.schema(
     [("row", pa.string()), ("kind", pa.string()), ("id", pa.string()), ("title", pa.string()), ("text", pa.string())]
     + [("licence", pa.string()), ("score", pa.float32()), ("image_ids", pa.list_(pa.string()))]
@@ -105,11 +108,6 @@ def text_of(pair: Pair) -> str:
     """What is searched with, and found by: the row's own words, marks in pixels not among them."""
     said = (text for text, section in zip(pair.context, pair.sections, strict=True) if section != "boxes")
     return " ".join(filter(None, (pair.modality, pair.caption, *said)))
-
-
-def findings_of(pair: Pair) -> str:
-    """What a case says of its pictures."""
-    return "\n".join(filter(None, (pair.caption, *pair.context)))
 
 
 # Guidelines ----------------------------------------------------------------------------------------------------------
@@ -239,9 +237,32 @@ def _picture(encoded: bytes) -> Image.Image:
 class _Cases:
     """What may be found: the rows that people described, by their position in the index."""
 
-    pairs: list[Pair]
-    ranks: list[int]
+    rows: pa.Table
+    ranks: np.ndarray
     index: faiss.Index
+
+    def at(self, place: int) -> dict[str, Any]:
+        return self.rows.slice(place, 1).to_pylist()[0]
+
+
+# Once a process, not once a task.
+@lru_cache(maxsize=1)
+def _cases(run: RunFolder, vectors: str, tasks: int, mark: str) -> _Cases:
+    """`mark` is the fingerprint of the vectors' pass: after another run of it, they are read again."""
+    held_out = pa.array(sorted({overlap["article"] for overlap in contamination(run)["overlaps"]}), pa.string())
+    tables: list[pa.Table] = []
+    ranks: list[np.ndarray] = []
+    found: list[np.ndarray] = []
+    for rank in range(tasks):
+        rows = run.pair_columns(PREVIOUS, rank, _CASE_COLUMNS)
+        chosen = np.flatnonzero(may_be_evidence(rows, held_out))
+        if len(chosen):
+            tables.append(rows.take(chosen))
+            ranks.append(np.full(len(chosen), rank))
+            found.append(run.vectors(vectors, rank)[1][chosen])
+    if not tables:
+        return _Cases(pa.table({}), np.zeros(0, np.int64), faiss.IndexFlatIP(1))
+    return _Cases(pa.concat_tables(tables).combine_chunks(), np.concatenate(ranks), _index(np.concatenate(found)))
 
 
 class Search(PipelineStep):
@@ -262,7 +283,7 @@ class Search(PipelineStep):
         guidelines = self._guidelines(queries) if self.guided and rows else [()] * len(rows)
         cases = self._cases() if top_k.cases and rows else None
         # All rows at once are searched much faster than one by one.
-        look_at = min(top_k.cases + _SPARE, len(cases.pairs)) if cases is not None else 0
+        look_at = min(top_k.cases + _SPARE, len(cases.ranks)) if cases is not None else 0
         firsts = list(zip(*cases.index.search(queries, look_at), strict=True)) if look_at else [None] * len(rows)
         shown: dict[int, dict[str, None]] = {}  # rank of the case -> its pictures
         with row_writer(self.run_folder.rank_file("evidence", "found", rank), _FOUND) as found:
@@ -290,27 +311,18 @@ class Search(PipelineStep):
         ]
 
     def _cases(self) -> _Cases:
-        pairs: list[Pair] = []
-        ranks: list[int] = []
-        vectors: list[np.ndarray] = []
-        held_out = frozenset(overlap["article"] for overlap in contamination(self.run_folder)["overlaps"])
-        for rank in range(self.tasks):
-            _, of_rank = self.run_folder.vectors(vectors_name(self.settings), rank)
-            for place, pair in enumerate(self.run_folder.pairs(PREVIOUS, rank)):
-                if may_be_evidence(pair, held_out):
-                    pairs.append(pair)
-                    ranks.append(rank)
-                    vectors.append(of_rank[place])
-        return _Cases(pairs, ranks, _index(np.stack(vectors)) if vectors else faiss.IndexFlatIP(1))
+        mark = self.run_folder.state(VECTORS)["fingerprint"]
+        self.run_folder.tasks(VECTORS)
+        return _cases(self.run_folder, vectors_name(self.settings), self.tasks, mark)
 
     def _nearest(self, pair: Pair, query: np.ndarray, cases: _Cases, found: Any) -> list[tuple[int, Evidence]]:
         """Rank and evidence of the nearest cases, beginning with those `found`; there may be fewer than are wanted."""
-        wanted, total = self.settings.top_k.cases, len(cases.pairs)
+        wanted, total = self.settings.top_k.cases, len(cases.ranks)
         while found is not None:
             near = [
-                (cases.ranks[place], self._evidence(cases.pairs[place], float(score)))
+                (int(cases.ranks[place]), self._evidence(case, score))
                 for score, place in zip(*(values.tolist() for values in found), strict=True)
-                if not same_case(pair, cases.pairs[place])
+                if not same_case(pair, case := cases.at(place))
             ]
             looked_at = len(found[0])
             if len(near) >= wanted or looked_at == total:
@@ -318,9 +330,10 @@ class Search(PipelineStep):
             found = tuple(values[0] for values in cases.index.search(query[None], min(4 * looked_at, total)))
         return []
 
-    def _evidence(self, case: Pair, score: float) -> Evidence:
-        shown = case.image_ids[: self.settings.case_images]
-        return Evidence("case", case.id, case.title, findings_of(case), case.licence, score, shown)
+    def _evidence(self, case: Mapping[str, Any], score: float) -> Evidence:
+        text = "\n".join(filter(None, (case["caption"], *case["context"])))
+        shown = tuple(case["image_ids"][: self.settings.case_images])
+        return Evidence("case", case["id"], case["title"], text, case["licence"], score, shown)
 
     def _copy_pictures(self, rank: int, shown: Mapping[int, Mapping[str, None]]) -> None:
         """Beside the evidence, so that whoever reads it reads this rank's files only."""
@@ -334,17 +347,19 @@ class Search(PipelineStep):
                         copied.add(image_id)
 
 
-def may_be_evidence(pair: Pair, held_out: Set[str]) -> bool:
-    """People described it, and neither it nor another row of its case is of an evaluation set."""
-    return pair.annotated and pair.overlaps is None and pair.article not in held_out
+def may_be_evidence(rows: pa.Table, held_out: pa.Array) -> np.ndarray:
+    """Of which rows: people described them, and neither they nor another row of their case is of an evaluation set."""
+    of_evaluation = pc.or_(pc.is_in(rows["article"], held_out), pc.is_valid(rows["overlaps"]))
+    return pc.and_not(rows["annotated"], of_evaluation).to_numpy()
 
 
-def same_case(row: Pair, case: Pair) -> bool:
-    return row.id == case.id or row.article == case.article or bool(set(row.image_ids) & set(case.image_ids))
+def same_case(row: Pair, case: Mapping[str, Any]) -> bool:
+    same_picture = not set(row.image_ids).isdisjoint(case["image_ids"])
+    return row.id == case["id"] or row.article == case["article"] or same_picture
 
 
 def _index(vectors: np.ndarray) -> faiss.Index:
-    """Exact. All vectors are in memory, four bytes a number: a million of 768 are 3 GB in every worker."""
+    """Exact. All vectors are in memory, four bytes a number: a million of 768 are 3 GB in every worker process."""
     index = faiss.IndexFlatIP(vectors.shape[1])
     for start in range(0, len(vectors), _BLOCK):
         index.add(np.ascontiguousarray(vectors[start : start + _BLOCK], np.float32))
