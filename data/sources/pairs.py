@@ -98,7 +98,7 @@ class _CsvRows:
 
     def _lines(self) -> Iterator[str]:
         for line in self._file:
-            text = line.decode("utf-8-sig" if self.offset == 0 else "utf-8", errors="replace")
+            text = line.decode("utf-8-sig" if self.offset == 0 else "utf-8", errors="surrogateescape")
             self.offset += len(line)
             yield text
 
@@ -132,6 +132,8 @@ def _csv_rows(
         for number, cells in rows:
             if len(cells) != len(names):
                 yield number, f"{len(cells)} cells; the first line names {len(names)}"
+            elif any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+                yield number, "not UTF-8; save the table as UTF-8"
             else:
                 yield number, dict(zip(names, cells, strict=True))
 

@@ -38,6 +38,8 @@ from huatuo_vision.schema import BadSample, UserError
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 LESIONS_FILE = "lesions.csv"
+# Files without a suffix that lie beside DICOM files and are none of its slices.
+_NO_SLICES = ("DICOMDIR", "LICENSE", "README")
 # Of a volume's values, what becomes black and white where no window is given.
 _DARKEST, _BRIGHTEST = 0.5, 99.5  # percent
 _MOST_BYTES = 4 * 2**30
@@ -67,7 +69,7 @@ def list_volumes(fs: AbstractFileSystem, root: str, settings: Source) -> Iterato
         if name.lower().endswith(NIFTI_SUFFIXES):
             if not (_stem(name).endswith("_mask") or place.parent.name == "masks"):
                 yield {"nifti": name}
-        elif place.suffix.lower() in (".dcm", "") and place.parent.as_posix() not in folders:
+        elif _may_be_slice(place) and place.parent.as_posix() not in folders:
             folders.add(place.parent.as_posix())
             yield {"series": place.parent.as_posix()}
 
@@ -146,7 +148,10 @@ def _nifti(files: FolderFiles, path: str, name: str, marks: Boxes, settings: Sou
     if settings.window is not None:
         centre, width = settings.window
     else:
-        low, high = np.percentile(values[np.isfinite(values)], (_DARKEST, _BRIGHTEST)) if values.size else (0, 0)
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            raise BadSample(name, "not_a_volume", "none of its values is a number")
+        low, high = np.percentile(finite, (_DARKEST, _BRIGHTEST))
         centre, width = (low + high) / 2, max(high - low, 1e-6)
 
     def picture(number: int) -> bytes:
@@ -195,6 +200,8 @@ def _oriented(image: Any, name: str) -> tuple[np.ndarray, int]:
         raise BadSample(
             name, "not_a_volume", f"the NIfTI file has the shape {image.shape}; store each phase or channel by itself"
         )
+    if image.get_data_dtype().kind not in "biuf":
+        raise BadSample(name, "not_a_volume", f"its values are {image.get_data_dtype()}; expected one number each")
     image = nibabel.as_closest_canonical(image)
     spacing = [round(float(zoom), 3) for zoom in image.header.get_zooms()]
     thickest = max(spacing)
@@ -238,7 +245,7 @@ def _series(files: FolderFiles, fs: AbstractFileSystem, folder: str, name: str, 
     series: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for path in sorted(fs.ls(base, detail=False)):
         inside = path[len(files.folder.rstrip("/")) + 1 :]
-        if PurePosixPath(inside).suffix.lower() not in (".dcm", "") or not fs.isfile(path):
+        if not _may_be_slice(PurePosixPath(inside)) or not fs.isfile(path):
             continue
         with fs.open(path, "rb") as file:
             head = file.read(132)
@@ -261,6 +268,12 @@ def _series(files: FolderFiles, fs: AbstractFileSystem, folder: str, name: str, 
         id_ = name if len(series) == 1 else f"{name}-{number}"
         found[id_] = _Slices(len(ordered), partial(_dicom_slice, files, ordered, id_), marks if number == 1 else {})
     return found
+
+
+def _may_be_slice(path: PurePosixPath) -> bool:
+    """By its name: many are called by a number alone (1.2.840.113619), which looks like a suffix."""
+    suffix = path.suffix.lower()
+    return path.name not in _NO_SLICES and (suffix in (".dcm", ".ima", "") or suffix[1:].isdigit())
 
 
 def _dicom_slice(files: FolderFiles, ordered: Sequence[str], owner: str, number: int) -> bytes:

@@ -111,6 +111,13 @@ def test_a_box_of_another_form_is_a_malformed_row(tmp_path: Path, box: str) -> N
     assert reasons(run) == {"r": "malformed_row", "t.csv:2": "broken_csv"}
 
 
+def test_a_row_of_another_encoding_is_counted(tmp_path: Path) -> None:
+    table = "id,image,caption\n1,a.jpg,t\u00f3rax\n".encode() + "2,a.jpg,t\u00f3rax\n".encode("latin-1")
+    put(tmp_path / "s", {"t.csv": table, "a.jpg": picture()})
+    run = ingest(tmp_path / "run", tmp_path / "s", kind="pairs", **OPEN)
+    assert rows(run)["1"].caption == "t\u00f3rax" and reasons(run) == {"t.csv:2": "broken_csv"}
+
+
 def test_a_csv_without_a_column_is_one_sentence(tmp_path: Path) -> None:
     put(tmp_path / "s", {"t.csv": b"id,file\n1,a.jpg\n"})
     with pytest.raises(UserError, match="expected also image, caption, so name yours in ingest.columns"):
@@ -205,12 +212,15 @@ def test_what_is_no_volume_is_counted_by_its_name(tmp_path: Path) -> None:
     nifti(tmp_path / "s/mismatch.nii", values)
     nifti(tmp_path / "s/mismatch_mask.nii", np.ones((4, 4, 4)))
     nifti(tmp_path / "s/outside.nii", values)
+    nifti(tmp_path / "s/nan.nii", values * np.nan)
+    colours = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    pytest.importorskip("nibabel").Nifti1Image(colours, np.eye(4)).to_filename(tmp_path / "s/colours.nii")
     put(tmp_path / "s", {"broken.nii.gz": b"\x1f\x8b no gzip", "text.nii": b"x" * 400, "d/a.dcm": b"no dicom"})
     put(tmp_path / "s", {"lesions.csv": b"volume,slice\noutside.nii,9\n"})
     run = ingest(tmp_path / "run", tmp_path / "s", kind="volumes", **OPEN)
     assert reasons(run) == {
         "broken": "unreadable_volume", "four": "not_a_volume", "mismatch": "mask_mismatch", "outside": "lesion_outside",
-        "text": "unreadable_volume", "d": "unreadable_volume",
+        "text": "unreadable_volume", "d": "unreadable_volume", "nan": "not_a_volume", "colours": "not_a_volume",
     }  # fmt: skip
     assert rows(run) == {}
 
@@ -218,6 +228,10 @@ def test_what_is_no_volume_is_counted_by_its_name(tmp_path: Path) -> None:
 def test_a_series_is_put_in_order_by_position_and_marks_name_its_slices(tmp_path: Path) -> None:
     pytest.importorskip("nibabel")
     make_cases(tmp_path / "s", cases=0, pictures=0, test=0, volumes=1, seed=0)
+    folder = tmp_path / "s/volumes/series-0"
+    for number, path in enumerate(sorted(folder.glob("*.dcm"))):
+        path.rename(folder / f"1.2.840.{number}")
+    (folder / "README").write_text("not a slice")
     (tmp_path / "s/volumes/lesions.csv").write_text("volume,slice,x0,y0,x1,y1\nseries-0,1,2,3,4,5\nseries-0,6,,,,\n")
     run = ingest(tmp_path / "run", tmp_path / "s/volumes", kind="volumes", **OPEN)
     series = {id_: pair for id_, pair in rows(run).items() if id_.startswith("series")}
