@@ -50,10 +50,31 @@ def runs_of_words(text: str, length: int) -> Iterator[int]:
 
 
 def check_names(guard: Guard) -> None:
-    """Raises UserError for a benchmark that eval.py does not know."""
+    """Raises UserError for a benchmark that eval.py does not know, and for a list of cases that can't be read."""
     for name in guard.benchmarks:
         if name not in BENCHMARKS:
             raise UserError(f"dedup.guard.benchmarks: {name!r} is no benchmark; expected {', '.join(BENCHMARKS)}")
+    held_out_cases(guard)
+
+
+def held_out_cases(guard: Guard) -> frozenset[str]:
+    """Raises UserError for a list that can't be read or is empty."""
+    if guard.cases is None:
+        return frozenset()
+    try:
+        lines = Path(guard.cases).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"dedup.guard.cases: {guard.cases} can't be read ({said}); expected a case id a line") from None
+    if not (cases := frozenset(filter(None, map(str.strip, lines)))):
+        raise UserError(f"dedup.guard.cases: {guard.cases} names no case; expected a case id a line, or remove it")
+    return cases
+
+
+def held_out_digest(guard: Guard) -> str | None:
+    """What the list of held-out cases is known by."""
+    cases = held_out_cases(guard)
+    return hashlib.sha256("\n".join(sorted(cases)).encode()).hexdigest() if cases else None
 
 
 class EvaluationSets:

@@ -42,28 +42,32 @@ def text_filter_pass(run: RunFolder, settings: TextFilter, tasks: int) -> Pass:
     entries = read_entries(path)
     record = {
         "min_terms": settings.min_terms,
+        "min_words": settings.min_words,
         "vocabulary": path.name if path != OWN_VOCABULARY else "our own short list (for tests and demonstrations)",
         "entries": len(entries),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
-    return row_pass(run, STAGE, PREVIOUS, tasks, (CountTerms(path, settings.min_terms),), record)
+    return row_pass(run, STAGE, PREVIOUS, tasks, (CountTerms(path, settings),), record)
 
 
 class CountTerms(PipelineStep):
     type, name = "filter", "terms"
 
-    def __init__(self, vocabulary: Path, min_terms: int):
+    def __init__(self, vocabulary: Path, settings: TextFilter):
         super().__init__()
-        self.vocabulary, self.min_terms = vocabulary, min_terms
+        self.vocabulary, self.settings = vocabulary, settings
 
     def run(self, data: Rows, rank: int = 0, world_size: int = 1) -> Rows:
         vocabulary = _vocabulary(self.vocabulary)
         for row in data:
-            if not isinstance(row, Pair):
+            if not isinstance(row, Pair) or not row.annotated:
                 yield row
                 continue
+            if (words := len(row.caption.split())) < self.settings.min_words:
+                yield Dropped(row.id, "few_words", f"{words} of at least {self.settings.min_words}")
+                continue
             terms = vocabulary.count("\n".join((row.caption, *row.context)))
-            if terms < self.min_terms:
-                yield Dropped(row.id, "few_terms", f"{terms} of at least {self.min_terms}")
+            if terms < self.settings.min_terms:
+                yield Dropped(row.id, "few_terms", f"{terms} of at least {self.settings.min_terms}")
             else:
                 yield replace(row, terms=terms)

@@ -78,7 +78,7 @@ def test_entries_count_once_as_whole_words_in_any_case():
 
 
 def test_the_filter_counts_over_caption_and_mentions_and_says_how_many():
-    step = CountTerms(OWN_VOCABULARY, 5)
+    step = CountTerms(OWN_VOCABULARY, TextFilter(min_terms=5))
     rich = pair(1, caption="Chest radiograph with pleural effusion.", context=("Pneumonia of the left lung.",))
     poor = pair(2, caption="The chest.", context=())
     before = Dropped("x", "missing_image")
@@ -86,6 +86,13 @@ def test_the_filter_counts_over_caption_and_mentions_and_says_how_many():
     assert isinstance(kept, Pair) and kept.terms >= 5
     assert (dropped.id, dropped.reason, dropped.detail) == (poor.id, "few_terms", "1 of at least 5")
     assert passed is before
+
+
+def test_tags_are_let_through_and_short_captions_are_not():
+    step = CountTerms(OWN_VOCABULARY, TextFilter(min_terms=0, min_words=3))
+    tags, short = pair(1, caption="CT", annotated=False), pair(2, caption="Two words")
+    kept, dropped = step.run(iter([tags, short]))
+    assert kept is tags and (dropped.reason, dropped.detail) == ("few_words", "2 of at least 3")
 
 
 def test_the_list_of_our_own_is_sound():

@@ -422,9 +422,21 @@ def phantom(folder: Path) -> Path:
     return folder
 
 
+def phantom_follow_up(folder: Path) -> Path:
+    row = {
+        "id": "follow_up_1", "image": ["images/1.png"], "question": "Which?", "options": ["yes", "no"], "answer": "B",
+        "groups": {"modality": "CT"},
+    }  # fmt: skip
+    write_json(folder / "phantom_follow_up.json", [row])
+    (folder / "images").mkdir()
+    (folder / "images" / "1.png").write_bytes(picture(1))
+    return folder
+
+
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "phantom": phantom,
     "phantom-large": phantom,
+    "phantom-follow-up": phantom_follow_up,
     "vqa-rad": short_answers,
     "slake-en": slake,
     "slake-zh": slake,

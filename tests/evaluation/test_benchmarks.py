@@ -100,7 +100,7 @@ def test_the_same_data_elsewhere_is_the_same_benchmark(name: str, tmp_path: Path
 
 def test_expected_counts_are_the_published_ones():
     expected = {
-        "phantom": 600, "phantom-large": 1_800,
+        "phantom": 600, "phantom-large": 1_800, "phantom-follow-up": 600,
         "vqa-rad": 451, "slake-en": 645 + 416, "slake-zh": 613 + 420, "pathvqa": 6_719,
         "pmc-vqa": 2_000, "pmc-vqa-v1": 50_000, "pmc-vqa-v2": 33_430, "omnimedvqa": 88_996, "mmmu-medical-dev": 25,
         "mmmu-medical-val": 150, "mmmu-medical-test": 326 + 325 + 162 + 430 + 509, "mmmu-pro-medical": 286,

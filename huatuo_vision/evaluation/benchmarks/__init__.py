@@ -28,6 +28,7 @@ BENCHMARKS = by_name(
     (
         phantom.PHANTOM,
         phantom.PHANTOM_LARGE,
+        phantom.PHANTOM_FOLLOW_UP,
         *vqa_rad.BENCHMARKS,
         *slake.BENCHMARKS,
         *pmc_vqa.BENCHMARKS,
