@@ -172,7 +172,8 @@ class _Sides:
         ]
         pictures = Dataset.from_list(rows).cast_column("images", List(Image()))
         self.mapped = pictures.map(
-            lambda batch: self._encode(batch),
+            self._encode,
+            new_fingerprint="mapped",  # the default would pickle all of this object to hash it
             batched=True,
             batch_size=1,
             remove_columns=pictures.column_names,
