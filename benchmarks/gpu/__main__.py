@@ -97,6 +97,7 @@ def run(case, bench, log) -> dict:  # noqa: ANN001
 
 
 def release(torch) -> None:  # noqa: ANN001
+    torch.compiler.reset()  # what was compiled for one model counts against the limit of the next
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import dataclasses
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks.gpu import correctness, models, samples, steps
 from benchmarks.gpu.loading import waiting
-from benchmarks.gpu.models import LORA, PHASE_1, PHASE_2, Phase
+from benchmarks.gpu.models import LORA, PHASE_1, PHASE_2, Optimizer, Phase
 from benchmarks.gpu.padded import against_padded
 from huatuo_vision.model.attention import choose_attention
 from huatuo_vision.model.flops import ModelShape
@@ -45,9 +46,8 @@ class Case:
 
 def all_cases(bench: Bench) -> list[Case]:
     large = bench.memory_gib >= LARGE_GIB
-    state = "bf16 weights and AdamW states"
-    eight, three = "Llama-3-8B", "Qwen2.5-3B"
-    recomputed = "all"
+    state, masters = "bf16 weights and AdamW states", "full, fp32 masters"
+    eight, three, small = "Llama-3-8B", "Qwen2.5-3B", "Qwen2.5-1.5B"
     cases = [
         Case("versions, card and matmul ceiling", 10, environment_and_ceiling),
         Case("attention: packed against per sample", 10, lambda b: correctness.attention(b.device, b.toy)),
@@ -58,33 +58,42 @@ def all_cases(bench: Bench) -> list[Case]:
     if large:
         cases.append(timed(eight, f"phase 2, {state}", PHASE_2, 8192, 2, bf16_state=True, profiled=True))
     else:
-        cases.append(timed(eight, f"phase 2, {state}", PHASE_2, 4096, 4, bf16_state=True, recompute=recomputed))
+        cases.append(timed(eight, f"phase 2, {state}", PHASE_2, 4096, 4, bf16_state=True, recompute="all"))
     cases += [
-        timed(three, "full, fp32 masters", PHASE_2, 8192 if large else 4096, 2 if large else 4, profiled=True),
+        timed(three, masters, PHASE_2, 8192 if large else 4096, 2 if large else 4, profiled=True),
         timed(eight, "phase 1", PHASE_1, 4096, 2),
-        timed(eight, "phase 1", PHASE_1, 8192, 1, recompute=recomputed),
+        timed(eight, "phase 1", PHASE_1, 8192, 1, recompute="all"),
         timed(eight, "LoRA", LORA, 4096, 2),
-        timed(eight, "LoRA", LORA, 8192, 1, recompute=recomputed),
+        timed(eight, "LoRA", LORA, 8192, 1, recompute="all"),
         timed(eight, f"phase 2, {state}", PHASE_2, 4096, 4, bf16_state=True)
         if large
-        else timed(eight, f"phase 2, {state}", PHASE_2, 8192, 2, bf16_state=True, recompute=recomputed),
-        timed(three, "full, fp32 masters", PHASE_2, 8192, 2, recompute=recomputed),
-        timed("Qwen2.5-1.5B", "full, fp32 masters", PHASE_2, 8192, 2),
+        else timed(eight, f"phase 2, {state}", PHASE_2, 8192, 2, bf16_state=True, recompute="all"),
+        timed(three, masters, PHASE_2, 8192, 2, recompute="all"),
+        timed(small, masters, PHASE_2, 8192, 2),
         loaded(eight, workers=4),
-        loaded("Qwen2.5-1.5B", workers=8),
+        loaded(small, workers=8),
         Case(
             "ours against a padded batch, Llama-3-8B, phase 1",
             40,
             lambda b: against_padded(eight, b.device, b.toy, 128 if b.toy else 4096, 1 if b.toy else 3),
         ),
-        Case("ours against TRL", 1, trl),
-        timed(eight, "phase 1", PHASE_1, 8192, 1, compiled=True),
-        timed(eight, "LoRA", LORA, 8192, 1, compiled=True),
-        timed(three, "full, fp32 masters", PHASE_2, 8192 if large else 4096, 2 if large else 4, compiled=True),
+        timed(three, masters, PHASE_2, 8192 if large else 4096, 2 if large else 4, compiled=True, profiled=True),
+        timed(small, masters, PHASE_2, 8192, 2, compiled=True),
+        timed(eight, "phase 1", PHASE_1, 8192, 1, compiled=True, profiled=True),
+        timed(eight, f"phase 2, {state}", PHASE_2, 8192, 2, bf16_state=True, compiled=True)
+        if large
+        else timed(eight, f"phase 2, {state}", PHASE_2, 8192, 2, bf16_state=True, recompute="all", compiled=True),
+        against(small, masters, PHASE_2, turns=2, seconds=60),
     ]
     if large:
-        cases.append(timed(eight, f"phase 2, {state}", PHASE_2, 8192, 2, bf16_state=True, compiled=True))
-    return cases
+        cases.append(
+            timed(eight, "phase 2, fp32 masters, 8-bit AdamW", PHASE_2, 4096, 4, compiled=True, optimizer="adamw_8bit")
+        )
+    return [
+        *cases,
+        against(eight, "phase 1", PHASE_1, turns=1, seconds=45),
+        timed(eight, "LoRA", LORA, 8192, 1, compiled=True),
+    ]
 
 
 def environment_and_ceiling(bench: Bench) -> dict[str, Any]:
@@ -117,13 +126,16 @@ def timed(
     recompute: str = "none",
     compiled: bool = False,
     bf16_state: bool = False,
+    optimizer: str = "adamw",
     profiled: bool = False,
 ) -> Case:
-    phase = Phase(train, recompute=recompute, compile=compiled)
+    phase = Phase(train, recompute=recompute, compile=compiled, optimizer=Optimizer(name=optimizer))
     name = f"{language}, {what}, {rows_per_step} x {row_tokens // 1024}k"
     name += ", recomputed" * (recompute == "all") + ", compiled" * compiled
 
     def run(bench: Bench) -> dict[str, Any]:
+        if optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+            return {"status": "not run: bitsandbytes is not installed"}
         config = models.llava_config(language, bench.toy)
         pool = samples.drawn_pool(config.image_seq_length, bench.toy)
         warm, count = (2, 2) if bench.toy else (WARM, TIMED)
@@ -155,7 +167,7 @@ def timed(
             profiled=bench.out / f"profile {name}.txt".replace(" ", "-").replace(",", "") if profiled else None,
         )
 
-    return Case(name, 90 if compiled else 30, run)
+    return Case(name, 50 if compiled else 30, run)
 
 
 def loaded(language: str, workers: int) -> Case:
@@ -168,9 +180,16 @@ def loaded(language: str, workers: int) -> Case:
     return Case(f"waiting for data, {language}, phase 1, {workers} workers", 35, run)
 
 
-def trl(bench: Bench) -> dict[str, Any]:
-    try:
-        import trl
-    except ImportError:
-        return {"status": "not run: TRL is not installed"}
-    return {"status": f"not run: this script has no comparison with TRL {trl.__version__} yet"}
+def against(language: str, what: str, train: models.Train, turns: int, seconds: int) -> Case:
+    def run(bench: Bench) -> dict[str, Any]:
+        try:
+            import datasets  # noqa: F401
+            import trl  # noqa: F401
+        except ImportError as error:
+            return {"status": f"not run: {error.name} is not installed"}
+        from benchmarks.gpu.trl_peer import against_trl
+
+        tokens, times = (128, 1) if bench.toy else (8192, turns)
+        return against_trl(language, train, bench.device, bench.toy, bench.scratch, tokens, times)
+
+    return Case(f"ours against TRL, {language}, {what}", seconds, run)

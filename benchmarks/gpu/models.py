@@ -6,12 +6,13 @@ fields that `huatuo_vision.training` reads, under the same names; a test compare
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from huatuo_vision.model import trainable
 from huatuo_vision.model.llava import PackedLlava
@@ -68,7 +69,7 @@ TOY_VISION = {
     "patch_size": 14,
 }
 TOY_LANGUAGE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOY_LANGUAGE |= {"num_key_value_heads": 2, "vocab_size": 4096}
+TOY_LANGUAGE |= {"num_key_value_heads": 2, "vocab_size": 2048}
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,17 @@ def llava_config(language: str, toy: bool) -> LlavaConfig:
     )
 
 
-def random_llava(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> PackedLlava:
+def random_llava(
+    config: LlavaConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    model_class: type[LlavaForConditionalGeneration] = PackedLlava,
+) -> LlavaForConditionalGeneration:
+    """The same weights on every call on a device, whatever the class."""
     torch.manual_seed(0)
     with device:
-        return PackedLlava._from_config(config, dtype=dtype).train()
+        # A config of its own, because a model switches its attention there.
+        return model_class._from_config(copy.deepcopy(config), dtype=dtype).train()
 
 
 def ready_model(config: LlavaConfig, phase: Phase, device: torch.device, *, bf16_state: bool = False) -> nn.Module:

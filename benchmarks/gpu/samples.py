@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
@@ -52,16 +51,24 @@ def drawn_pool(image_tokens: int, toy: bool) -> Pool:
     tokens, targets, images = draw_lengths(DATA, image_tokens)
     tokens, targets = tokens[images == 1], targets[images == 1]
     if toy:
-        tokens, targets = 12 + tokens % 20, 2 + targets % 6
+        tokens, targets = (12 + tokens % 20)[:600], (2 + targets % 6)[:600]
     return Pool.of(tokens, targets)
 
 
 def plan_rows(
-    pool: Pool, shape: ModelShape, train: Train, *, row_tokens: int, rows_per_step: int, steps: int
+    pool: Pool,
+    shape: ModelShape,
+    train: Train,
+    *,
+    row_tokens: int,
+    rows_per_step: int,
+    steps: int,
+    multiple_of: int = 1,
 ) -> StepPlan:
-    """The project's plan with as many samples a step as `rows_per_step` rows hold."""
+    """The project's plan with as many samples a step, a multiple of that number, as `rows_per_step` rows hold."""
     cost = sample_cost(shape, train, pool.tokens, pool.targets, pool.images)
-    for samples in range(int(row_tokens * rows_per_step / pool.tokens.mean()), 0, -1):
+    most = int(row_tokens * rows_per_step / pool.tokens.mean())
+    for samples in range(most // multiple_of * multiple_of, 0, -multiple_of):
         few = slice(0, samples * steps)
         plan = plan_steps(
             pool.tokens[few],
@@ -141,7 +148,7 @@ def write_processor_folder(folder: Path, config: LlavaConfig) -> None:
     tokenizer.train_from_iterator(
         [" ".join(_words())] * 2 + ["<|user|>\n<|assistant|>\n"] * 2,
         trainers.BpeTrainer(
-            vocab_size=4000,
+            vocab_size=2000,
             special_tokens=["<|endoftext|>", "<|pad|>"],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
@@ -181,7 +188,7 @@ def write_jpegs(folder: Path, count: int, workers: int) -> list[Path]:
 class TextSource:
     """What training reads of `inputs.sources.Source`: a sample by its row, its picture still in its file."""
 
-    def __init__(self, pictures: list[Path], pool: Pool, image_tokens: int):
+    def __init__(self, pictures: list[Path], pool: Pool, image_tokens: int, count: int):
         words = _words()
         generator = random.Random(1)
         self._samples = [
@@ -189,15 +196,9 @@ class TextSource:
                 " ".join(generator.choices(words, k=max(1, int(tokens - targets - image_tokens)))),
                 " ".join(generator.choices(words, k=int(targets))),
             )
-            for tokens, targets in zip(pool.tokens, pool.targets, strict=True)
+            for tokens, targets in zip(pool.tokens[:count], pool.targets[:count], strict=True)
         ]
         self._pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self.sample, range(len(self)))
 
     def sample(self, row: int) -> Sample:
         question, answer = self._samples[row]

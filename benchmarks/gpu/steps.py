@@ -33,7 +33,8 @@ def make_trainer(
     recipe = SimpleNamespace(name="gpu", phases={"timed": phase}, report_to=(), workers=workers, seed=0)
     arguments = training_arguments(recipe, "timed", folder, rows.plan)
     arguments.save_strategy = "no"
-    arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and workers > 0  # rows may be there already
+    if workers == 0:  # the rows are on the device already, where nothing can be pinned
+        arguments.dataloader_pin_memory = arguments.accelerator_config.non_blocking = False
     shape = ModelShape.from_config(config)
 
     def row_flops(stats: dict[str, int]) -> float:
@@ -51,10 +52,10 @@ def counted_flops(shape: ModelShape, phase: Phase, stats: dict[str, int]) -> flo
 
 
 class StepClock(TrainerCallback):
-    """An event at the end of every optimizer step; the last warm-up step is watched for waits of the host."""
+    """An event at the end of every optimizer step; the last warm-up step can be watched for waits of the host."""
 
-    def __init__(self, warm: int, device: torch.device, profiled: Path | None):
-        self.warm, self.device, self.profiled = warm, device, profiled
+    def __init__(self, warm: int, device: torch.device, profiled: Path | None, watched: bool = True):
+        self.warm, self.device, self.profiled, self.watched = warm, device, profiled, watched
         self.marks: list[Any] = []
         self.waits: dict[str, int] = {}
         self._watch: ExitStack | None = None
@@ -75,7 +76,7 @@ class StepClock(TrainerCallback):
         self.mark()
         if self._watch is not None:
             self._end_watch()
-        elif state.global_step == self.warm - 1 and self.device.type == "cuda":
+        elif self.watched and state.global_step == self.warm - 1 and self.device.type == "cuda":
             self._watch = ExitStack()
             self._caught = self._watch.enter_context(warnings.catch_warnings(record=True))
             warnings.simplefilter("always")
@@ -171,7 +172,7 @@ def estimated_gib(config: LlavaConfig, phase: Phase, rows: torch.utils.data.Data
             memory_estimate(
                 ModelShape.from_config(config),
                 phase.train,
-                optimizer_name="adamw",
+                optimizer_name=phase.optimizer.name,
                 precision=phase.precision,
                 world_size=1,
                 sharding="ddp",

@@ -4,7 +4,8 @@
     position_ids  | 0 1 2 ............ s-1 | 0 1 2 ...... s-1 |      restart at every sample
     cu_seq_lens   0                        s                  S
 
-Legend: S tokens of the row, D samples in it, N images in it, P features per image, T supervised tokens in it.
+Legend: S tokens of the row, D samples in it, N images in it, P features per image, T supervised tokens in it,
+from G sources.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ def pack_row(
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     supervised[starts[:-1]] = False  # a sample's first token has no predecessor inside the sample
     predicted = np.flatnonzero(supervised)  # (T,) positions of the supervised tokens
+    of_source = np.repeat(source_ids, lengths)[predicted]  # (T,)
+    predicted = predicted[np.argsort(of_source, kind="stable")]  # one source's after another's, to be summed together
+    sources, counts = np.unique(of_source, return_counts=True)  # (G,)
     row: dict[str, Any] = {
         "input_ids": torch.from_numpy(input_ids)[None],  # (1, S)
         "position_ids": torch.from_numpy(np.arange(starts[-1]) - np.repeat(starts[:-1], lengths))[None],  # (1, S)
@@ -74,7 +78,8 @@ def pack_row(
         "shift_labels": torch.from_numpy(input_ids[predicted]),  # (T,)
         "cu_seq_lens": torch.from_numpy(starts),  # (D + 1,)
         "sample_lengths": tuple(lengths.tolist()),
-        "target_sources": torch.from_numpy(np.repeat(source_ids, lengths)[predicted].astype(np.int64)),  # (T,)
+        "target_sources": tuple(sources.tolist()),
+        "target_counts": tuple(counts.tolist()),
         "stats": {
             "samples": len(encoded),
             "tokens": int(starts[-1]),

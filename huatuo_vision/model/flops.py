@@ -2,8 +2,9 @@
 
 Legend, one row (or any set of rows): S tokens, S2 sum of the squared sample lengths, T supervised tokens, M images.
 Language model: L decoder layers, h hidden, f intermediate, d_q = heads * head_dim, d_kv = key/value heads * head_dim,
-N matmul weights of the decoder layers (no embedding, no head), V vocabulary. Vision encoder: L_v layers, all of which
-run, d_v hidden, f_v intermediate, N_v matmul weights of those layers, P tokens per image (patches and class token).
+N matmul weights of the decoder layers (no embedding, no head), V vocabulary. Vision encoder: L_v layers, of which R_v
+stand before the state that the projector reads and run, d_v hidden, f_v intermediate, N_v matmul weights of the L_v
+layers, P tokens per image (patches and class token).
 Projector: N_p weights, I image tokens that it hands on.
 """
 
@@ -47,6 +48,7 @@ class ModelShape:
     vocabulary: int  # V
     tied_embeddings: bool
     vision_layers: int  # L_v
+    vision_layers_read: int  # R_v
     vision_hidden: int  # d_v
     vision_intermediate: int  # f_v
     vision_tokens: int  # P
@@ -70,6 +72,7 @@ class ModelShape:
             vocabulary=text.vocab_size,
             tied_embeddings=config.tie_word_embeddings,
             vision_layers=vision.num_hidden_layers,
+            vision_layers_read=vision_layers_read(config),
             vision_hidden=vision.hidden_size,
             vision_intermediate=vision.intermediate_size,
             vision_tokens=vision_tokens,
@@ -112,6 +115,14 @@ class ModelShape:
         return lora.r * self.layers * (2 * (h + q) + 2 * (h + kv) + 3 * (h + f))
 
 
+def vision_layers_read(config: LlavaConfig) -> int:
+    """How many encoder layers stand before the last hidden state that the projector reads (0: the embeddings)."""
+    layers, wanted = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    states = [wanted] if isinstance(wanted, int) else wanted
+    # hidden_states holds the embeddings' output and then one state per layer.
+    return max(state if state >= 0 else layers + 1 + state for state in states)
+
+
 def forward_flops(
     shape: ModelShape, *, tokens: int, squared_lengths: int, targets: int, images: int
 ) -> dict[str, float]:
@@ -121,8 +132,9 @@ def forward_flops(
     bidirectional vision encoder its whole square. Logits count only where there is a target. Left out, below 0.5 %
     together on a 7B: the patch embedding, SigLIP's pooling head, norms and activations.
     """
-    per_image = 2 * shape.vision_layer_weights * shape.vision_tokens
-    per_image += 4 * shape.vision_layers * shape.vision_hidden * shape.vision_tokens**2
+    layer_weights = shape.vision_layer_weights // shape.vision_layers
+    per_image = 2 * shape.vision_layers_read * layer_weights * shape.vision_tokens
+    per_image += 4 * shape.vision_layers_read * shape.vision_hidden * shape.vision_tokens**2
     return {
         "vision_encoder": images * per_image,
         "projector": 2 * shape.projector_weights * images * shape.image_tokens,
@@ -140,8 +152,7 @@ def step_flops(
     A matmul's backward costs its forward once towards its input and once towards its weights; frozen weights need only
     the first, and a frozen encoder, with nothing to train before it, neither. Attention has no weights, so its
     backward is always twice its forward. LoRA adds 6 r A S. What trains counts three times as a whole, as in the usual
-    formula: the projector's first linear above a frozen encoder, and a trained encoder's layers behind the feature
-    layer, in truth cost less.
+    formula: the projector's first linear above a frozen encoder in truth costs less.
     """
     forward = forward_flops(shape, tokens=tokens, squared_lengths=squared_lengths, targets=targets, images=images)
     language_model_in_full = bool(train.language_model and not train.lora)
@@ -224,7 +235,7 @@ def memory_estimate(
         patches = row_tokens // shape.image_tokens * shape.vision_tokens
         per_hidden, per_intermediate = _KEPT_PER_PATCH[precision]
         layer = patches * (per_hidden * shape.vision_hidden + per_intermediate * shape.vision_intermediate)
-        activations += _kept(shape.vision_layers, layer, width * shape.vision_hidden * patches, recompute)
+        activations += _kept(shape.vision_layers_read, layer, width * shape.vision_hidden * patches, recompute)
     return {
         "weights": round(weights),
         "gradients": round(4 * trained * buckets / shards),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import dtype, nn
 
+from huatuo_vision.model.flops import vision_layers_read
 from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, LlavaConfig
+    from transformers import BitsAndBytesConfig
 
     from huatuo_vision.recipe import TrainSpec
 
@@ -46,14 +47,6 @@ def part_of(parameter_name: str) -> Part:
     raise ValueError(
         f"parameter {parameter_name!r} belongs to no part; expected one of {', '.join(PART_OF_MODULE)} in its name"
     )
-
-
-def vision_layers_read(config: LlavaConfig) -> int:
-    """How many encoder layers stand before the last hidden state that the projector reads (0: the embeddings)."""
-    layers, wanted = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    states = [wanted] if isinstance(wanted, int) else wanted
-    # hidden_states holds the embeddings' output and then one state per layer.
-    return max(state if state >= 0 else layers + 1 + state for state in states)
 
 
 def freeze(model: nn.Module, train: TrainSpec) -> None:

@@ -23,7 +23,7 @@ from huatuo_vision.inputs.rows import PlannedRows
 from huatuo_vision.model.attention import choose_attention
 from huatuo_vision.model.flops import ModelShape, sample_cost, step_flops
 from huatuo_vision.model.folder import load_model, save_model_folder
-from huatuo_vision.model.llava import PackedLlava, recompute
+from huatuo_vision.model.llava import PackedLlava, recompute, skip_unread_layers
 from huatuo_vision.model.merge import save_adapter
 from huatuo_vision.model.trainable import apply_training, fsdp_wrap_classes, parameter_counts, quantization_config
 from huatuo_vision.run_record import write_json
@@ -219,6 +219,7 @@ def prepare_model(model: PackedLlava, phase: PhaseSpec, device: torch.device) ->
     attention = choose_attention(phase.attention, device=device, precision=phase.precision)
     model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
     model.config.text_config.use_cache = False
+    skip_unread_layers(model)
     model = apply_training(model, phase.train)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if phase.recompute != "none":

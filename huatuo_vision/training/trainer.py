@@ -85,9 +85,9 @@ class PhaseTrainer(Trainer):
         num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
         inputs = dict(inputs)
-        stats, target_sources = inputs.pop("stats"), inputs.pop("target_sources")
-        losses = model(**inputs)  # (T,)
-        self.window.add_row(losses, target_sources, stats)
+        stats, sources = inputs.pop("stats"), inputs.pop("target_sources")
+        losses = model(**inputs)  # (G,) summed
+        self.window.add_row(losses, sources, inputs["target_counts"], stats)
         # Gradients are averaged over processes; the sum over them is what the step's loss is.
         loss = losses.sum() * (self.accelerator.num_processes / stats["step_targets"])
         self._step_loss += loss.detach()
