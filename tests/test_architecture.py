@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # Folder or module of huatuo_vision -> what of the package it may import.
 LEAVES = {"schema", "recipe", "run_record", "launch", "cli", "phantom", "html", "openai_endpoint", "caption_requests"}
+LEAVES |= {"multi_encoder_processor"}
 ALLOWED = {
     "schema": set(),
     "recipe": {"schema"},
@@ -19,6 +20,7 @@ ALLOWED = {
     "html": set(),
     "openai_endpoint": {"schema"},
     "caption_requests": set(),
+    "multi_encoder_processor": {"schema"},  # made with the model, read with the data
     "inputs": LEAVES,  # knows nothing of models: a data set can be prepared without one
     "model": LEAVES,  # knows nothing of data
     "training": LEAVES | {"inputs", "model"},

@@ -79,7 +79,7 @@ def pack_row(
         },
     }
     if pixel_values is not None:
-        row["pixel_values"] = torch.from_numpy(pixel_values)  # (N, 3, H, W)
+        row["pixel_values"] = torch.from_numpy(pixel_values)  # (N, 3, H, W), or (N, F) for several encoders
     return row
 
 

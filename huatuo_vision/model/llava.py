@@ -6,7 +6,10 @@ T supervised tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
@@ -31,16 +34,14 @@ class PackedLlava(LlavaForConditionalGeneration):
         # A row without images runs a blank one and adds nothing of it: every rank runs the same modules, so no
         # rank of DDP waits for a gradient, and none of FSDP or ZeRO-3 for a gather, that never comes.
         blank = pixel_values is None
-        if blank:
-            side = self.config.vision_config.image_size
-            pixel_values = torch.zeros(1, 3, side, side, device=embeddings.device)
-        features = self.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-        features = torch.cat(tuple(features)).to(embeddings.dtype)  # (N * P, D)
+        features, seen = self.see(
+            input_ids, self.blank_image(embeddings.device) if blank else pixel_values, blank=blank
+        )
         if blank:
             embeddings = embeddings + 0.0 * features.float().mean().to(embeddings.dtype)
         else:
             is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(is_image, features)
+            embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
 
         longest = max(sample_lengths)
         hidden = self.model.language_model(
@@ -52,14 +53,30 @@ class PackedLlava(LlavaForConditionalGeneration):
             max_length_q=longest,
             max_length_k=longest,
             sample_lengths=sample_lengths,
+            **seen,
         ).last_hidden_state[0]  # (S, D)
         logits = self.lm_head(hidden[logits_to_keep])  # (T, vocabulary): only where there is a label
         return F.cross_entropy(logits.float(), shift_labels, reduction="none")
 
+    def blank_image(self, device: torch.device) -> torch.Tensor:
+        """(1, 3, H, W)"""
+        side = self.config.vision_config.image_size
+        return torch.zeros(1, 3, side, side, device=device)
+
+    def see(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, *, blank: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Features (N * P, D) for the image tokens, and what else of the images the language model's call takes."""
+        features = self.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+        return torch.cat(tuple(features)), {}
+
 
 def recompute(model: PackedLlava, every: int, vision: bool = False) -> None:
     """Recompute activations of every n-th decoder layer (and encoder layer, where it trains) in the backward."""
-    for tower in (model.model.language_model, *((model.model.vision_tower,) if vision else ())):
+    encoders = model.model.vision_tower
+    # Several encoders are a ModuleDict of them.
+    encoders = list(encoders.values()) if isinstance(encoders, nn.ModuleDict) else [encoders]
+    for tower in (model.model.language_model, *(encoders if vision else ())):
         # transformers 5.17 knows the older name only.
         enable = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)
         enable({"use_reentrant": False}, every_n_layers=every)

@@ -23,7 +23,7 @@ from huatuo_vision.inputs.sources import Source
 from huatuo_vision.model.attention import choose_attention
 from huatuo_vision.model.flops import ModelShape, sample_cost, step_flops
 from huatuo_vision.model.folder import load_model, save_model_folder
-from huatuo_vision.model.llava import PackedLlava, recompute
+from huatuo_vision.model.llava import recompute
 from huatuo_vision.model.merge import save_adapter
 from huatuo_vision.model.trainable import apply_training, fsdp_wrap_classes, parameter_counts, quantization_config
 from huatuo_vision.recipe import PhaseSpec, Recipe
@@ -193,9 +193,7 @@ def _build_model(phase: PhaseSpec, start: Path, device: torch.device, shape: Mod
     dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
     _check_window(AutoConfig.from_pretrained(start), phase)
     attention = choose_attention(phase.attention, device=device, precision=phase.precision)
-    model = load_model(
-        start, dtype=dtype, model_class=PackedLlava, quantization_config=quantization_config(phase.train, dtype)
-    )
+    model = load_model(start, dtype=dtype, packed=True, quantization_config=quantization_config(phase.train, dtype))
     model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
     model.config.text_config.use_cache = False
     model = apply_training(model, phase.train)
