@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,13 +109,9 @@ def compose_processor(
         _check_features(spec, vision_config)
         image_processor = _image_processor(spec.vision_encoder, vision_config, vision_config.image_size)
     else:
-        grids = [_grid(encoder) for encoder in spec.vision_encoders]
+        grids = encoder_grids(spec.vision_encoders)
         check_grids(grids, spec.sva.side if spec.sva else None)
         _check_in_llm(spec, text_config)
-        own = [
-            _image_processor(encoder, grid.config, grid.image_size).to_dict()
-            for encoder, grid in zip(spec.vision_encoders, grids, strict=True)
-        ]
     if texts is not None:
         texts = _with_role_markers(texts, _template(spec.chat_template))
 
@@ -123,11 +119,11 @@ def compose_processor(
     decided = spec.language_model.config is None or "vocab_size" in spec.language_model.config
     rows = text_config.vocab_size if decided else None
     tokenizer = _tokenizer(spec.language_model, texts, rows, max_length=text_config.max_position_embeddings)
-    end_of_turn = _check_template(spec.chat_template, tokenizer)
+    end_of_turn = check_template(spec.chat_template, tokenizer)
     rows = rows_needed(tokenizer, rows)
 
     text_config.vocab_size = rows
-    _name_tokens(text_config, tokenizer)
+    name_tokens(text_config, tokenizer)
     shared = {
         "text_config": text_config,
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
@@ -150,14 +146,41 @@ def compose_processor(
     else:
         sva = spec.sva.model_dump(mode="json") if spec.sva else None
         config = MultiEncoderConfig(encoders=[grid.to_dict() for grid in grids], sva=sva, **shared)
-        image_processor = MultiEncoderImageProcessor(own, config.tokens_per_image)
-    _write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
+        image_processor = several_image_processors(spec.vision_encoders, config)
+    write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
     return config
 
 
-def _grid(spec: NamedEncoderSpec) -> GridEncoder:
-    config = _vision_config(spec, ENCODERS, f"vision_encoders ({spec.name})")
-    return GridEncoder.of(spec.name, config, spec.image_size, spec.feature_layer, spec.side)
+def encoder_grids(specs: Sequence[NamedEncoderSpec]) -> list[GridEncoder]:
+    """What each encoder gives, from its config alone. Raises UserError for one that cannot give what is asked."""
+    configs = [_vision_config(spec, ENCODERS, f"vision_encoders ({spec.name})") for spec in specs]
+    return [
+        GridEncoder.of(spec.name, config, spec.image_size, spec.feature_layer, spec.side)
+        for spec, config in zip(specs, configs, strict=True)
+    ]
+
+
+def several_image_processors(
+    specs: Sequence[NamedEncoderSpec], config: MultiEncoderConfig, *more: CLIPImageProcessorPil
+) -> MultiEncoderImageProcessor:
+    """Each encoder's own preprocessing. `more`: of encoders behind those of `specs`, whose size their grid says."""
+    grids = config.grids
+    own = [_image_processor(spec, grid.config, grid.image_size) for spec, grid in zip(specs, grids, strict=False)]
+    own += [
+        llava_image_processor(_whole_square(processor, grid.image_size), grid.image_size, grid.name)
+        for processor, grid in zip(more, grids[len(specs) :], strict=True)
+    ]
+    return MultiEncoderImageProcessor([processor.to_dict() for processor in own], config.tokens_per_image)
+
+
+def encoder_weights(
+    specs: Sequence[NamedEncoderSpec], config: MultiEncoderConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    return {
+        f"model.vision_tower.{spec.name}.{name}": tensor
+        for spec, grid in zip(specs, config.grids, strict=False)
+        for name, tensor in _vision_encoder(spec, grid.config, dtype).state_dict().items()
+    }
 
 
 def _check_in_llm(spec: ModelSpec, text_config: PreTrainedConfig) -> None:
@@ -193,15 +216,15 @@ def _take_over(spec: ModelSpec, folder: Path) -> LlavaConfig | MultiEncoderConfi
             f"model.llava {what}: its config reads images at id {config.image_token_index}, but its tokenizer has "
             f"{IMAGE_PLACEHOLDER} at {tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)}; the checkpoint is damaged"
         )
-    end_of_turn = _check_template(spec.chat_template, tokenizer)
-    _name_tokens(config.text_config, tokenizer)
+    end_of_turn = check_template(spec.chat_template, tokenizer)
+    name_tokens(config.text_config, tokenizer)
     # Checkpoints of transformers 4 keep the encoder's dtype and the text's apart; here one is named for all.
     config.dtype = config.dtype or config.text_config.dtype or torch.float32
     if several:
         image_processor = MultiEncoderImageProcessor.from_pretrained(source.location, revision=source.revision)
     else:
         image_processor = _image_processor(spec.llava, config.vision_config, config.vision_config.image_size)
-    _write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
+    write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
     return config
 
 
@@ -209,7 +232,7 @@ def _template(name: str) -> str:
     return (CHAT_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _name_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def name_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     text_config.architectures = [_LANGUAGE_MODELS[text_config.model_type]]
     text_config.bos_token_id = tokenizer.bos_token_id
     text_config.eos_token_id = tokenizer.eos_token_id
@@ -218,7 +241,7 @@ def _name_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFa
         text_config.pad_token_id = None
 
 
-def _write_folder(
+def write_folder(
     folder: Path,
     config: LlavaConfig | MultiEncoderConfig,
     image_processor: LlavaImageProcessorPil | MultiEncoderImageProcessor,
@@ -265,19 +288,13 @@ def compose_weights(spec: ModelSpec, folder: Path, seed: int) -> None:
         language_model = _language_model(spec.language_model, config.text_config)
         dtype = language_model.dtype
         if spec.vision_encoders is None:
-            towers = {"": _vision_encoder(spec.vision_encoder, config.vision_config, dtype)}
+            tower = _vision_encoder(spec.vision_encoder, config.vision_config, dtype)
+            encoders = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
         else:
-            towers = {
-                f"{grid.name}.": _vision_encoder(encoder, grid.config, dtype)
-                for encoder, grid in zip(spec.vision_encoders, config.grids, strict=True)
-            }
+            encoders = encoder_weights(spec.vision_encoders, config, dtype)
     weights = {
         **{module_name(f"language_model.{name}"): tensor for name, tensor in language_model.state_dict().items()},
-        **{
-            f"model.vision_tower.{prefix}{name}": tensor
-            for prefix, tower in towers.items()
-            for name, tensor in tower.state_dict().items()
-        },
+        **encoders,
         **_projector(config, dtype, seed),
     }
     save_model_folder(folder, weights, config, source_folder=folder)
@@ -430,9 +447,13 @@ def _image_processor(
                 "unknown; add the one it was trained with"
             ) from None
     if ENCODERS[vision_config.model_type].any_size:
-        # Made for a crop of a photograph; a padded square is resized whole.
-        own = CLIPImageProcessorPil(**own.to_dict() | {"size": square, "do_center_crop": False})
+        own = _whole_square(own, side)
     return llava_image_processor(own, side, f"vision encoder {spec.location}")
+
+
+def _whole_square(own: Any, side: int) -> CLIPImageProcessorPil:
+    """Preprocessing that was made for a crop of a photograph, for a padded square that is resized whole."""
+    return CLIPImageProcessorPil(**own.to_dict() | {"size": {"height": side, "width": side}, "do_center_crop": False})
 
 
 def _tokenizer(
@@ -486,7 +507,7 @@ def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _check_template(name: str, tokenizer: PreTrainedTokenizerFast) -> int:
+def check_template(name: str, tokenizer: PreTrainedTokenizerFast) -> int:
     """The id that ends the assistant's turn. Refuses a template whose markers the tokenizer would cut into pieces."""
     vocabulary = tokenizer.get_vocab()
     absent = [marker for marker in _MARKERS.get(name, ()) if marker not in vocabulary]

@@ -210,6 +210,12 @@ class MultiEncoderLlava(_Weights, LlavaForConditionalGeneration):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *_: Any, **__: Any) -> None:
+        """Of the language model alone: each encoder keeps what it can run (a ConvNeXt has no attention)."""
+        several = isinstance(attn_implementation, dict)
+        language_model = attn_implementation["text_config"] if several else attn_implementation
+        self.model.language_model.set_attn_implementation(language_model)
+
     def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
         features, _windows = self.model.see(pixel_values)
         return BaseModelOutputWithPooling(pooler_output=tuple(features))
