@@ -76,7 +76,9 @@ def recompute(model: PackedLlava, every: int, vision: bool = False) -> None:
     encoders = model.model.vision_tower
     # Several encoders are a ModuleDict of them.
     encoders = list(encoders.values()) if isinstance(encoders, nn.ModuleDict) else [encoders]
-    for tower in (model.model.language_model, *(encoders if vision else ())):
+    # A ConvNeXt keeps its own.
+    able = [encoder for encoder in encoders if vision and encoder.supports_gradient_checkpointing]
+    for tower in (model.model.language_model, *able):
         # transformers 5.17 knows the older name only.
         enable = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)
         enable({"use_reentrant": False}, every_n_layers=every)

@@ -188,8 +188,8 @@ def start_vectors(module: nn.Module) -> None:
         for vectors in (module.query, module.newline):
             if vectors is not None:
                 init.normal_(vectors, std=1 / math.sqrt(module.linear_2.out_features))
-    elif isinstance(module, AggregationBlock):
-        for place in module.places.values():
+    elif isinstance(module, nn.ParameterDict):  # a block's places: transformers passes over what has none of its own
+        for place in module.values():
             init.normal_(place)
 
 
