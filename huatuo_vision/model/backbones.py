@@ -63,6 +63,8 @@ def _part(spec: VisionEncoderSpec | LanguageModelSpec, key: str) -> PreTrainedCo
     if spec.id is not None:
         return config_from_values(_entry(f"{key}s", spec.id), key)
     if not (Path(spec.path) / "config.json").is_file():
+        if spec.path in _table()[f"{key}s"]:
+            return config_from_values(_entry(f"{key}s", spec.path), key)
         raise OutOfReach(f"model.{key}.path {spec.path} holds no config.json")
     config = AutoConfig.from_pretrained(spec.path)
     return getattr(config, "vision_config", config) if key == "vision_encoder" else config

@@ -3,8 +3,8 @@
 `python -m huatuo_vision.model.cambrian --source nyu-visionx/cambrian-8b --convnext CONVNEXT --out models/cambrian-8b`
 
 The release holds language model and projector; its frozen encoders come from their own repositories. CONVNEXT is a
-folder or Hub id with the CLIP ConvNeXt-XXL (LAION, augreg soup) as safetensors, in timm's or open_clip's names. Every
-tensor must find its place, or nothing is written.
+folder or Hub id with the CLIP ConvNeXt-XXL (LAION, augreg soup) as safetensors, in timm's or open_clip's names; without
+--source it alone is written, as an encoder for `vision_encoders`. Every tensor must find its place, or nothing is written.
 
 What the folder computes differently: a picture keeps all 600 positions, its padding among them; the release looks away
 from padding, and its inference leaves those positions out. timm's ConvNeXt-XXL norms with an epsilon of 1e-5,
@@ -228,6 +228,20 @@ def read_convnext(source: str) -> tuple[ConvNextConfig, dict[str, Tensor]]:
     return config, weights
 
 
+def convert_convnext(source: str, out: Path) -> None:
+    """Writes the encoder's folder. Raises UserError where `source` is no such ConvNeXt, or `out` exists."""
+    if out.exists():
+        raise UserError(f"{out} already exists; remove it or give another --out")
+    config, weights = read_convnext(source)
+    with torch.device("meta"):
+        model = ConvNextModel(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    with replacing(out) as new:
+        model.save_pretrained(new)
+        CLIPImageProcessorPil().save_pretrained(new)
+    Console(highlight=False, soft_wrap=True).print(f"written to {out}: ConvNeXt of {config.hidden_sizes} channels")
+
+
 def _spec(known: dict[str, Any], folder: str | None) -> NamedEncoderSpec:
     if folder is None:
         return NamedEncoderSpec.model_validate(known)
@@ -278,7 +292,7 @@ def main() -> None:
         prog="python -m huatuo_vision.model.cambrian",
         description="Convert a Cambrian-1 checkpoint into a model folder.",
     )
-    parser.add_argument("--source", required=True, help="folder or Hub id of a Cambrian-1 checkpoint")
+    parser.add_argument("--source", help="folder or Hub id of a Cambrian-1 checkpoint; without it, the ConvNeXt alone")
     parser.add_argument("--revision", help="of a Hub id")
     parser.add_argument("--convnext", required=True, help="folder or Hub id of its ConvNeXt, in timm's names")
     for known in ENCODERS[:-1]:
@@ -286,6 +300,9 @@ def main() -> None:
     parser.add_argument("--chat-template", default="llama3", help="a name of model/chat_templates (default: llama3)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, must not exist")
     arguments = parser.parse_args()
+    if arguments.source is None:
+        convert_convnext(arguments.convnext, arguments.out)
+        return
     local = {known["name"]: getattr(arguments, known["name"]) for known in ENCODERS[:-1]}
     convert(
         arguments.source,
