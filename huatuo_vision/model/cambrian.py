@@ -4,7 +4,8 @@
 
 The release holds language model and projector; its frozen encoders come from their own repositories. CONVNEXT is a
 folder or Hub id with the CLIP ConvNeXt-XXL (LAION, augreg soup) as safetensors, in timm's or open_clip's names; without
---source it alone is written, as an encoder for `vision_encoders`. Every tensor must find its place, or nothing is written.
+--source it alone is written, as an encoder for `vision_encoders`. Every tensor must find its place, or nothing is
+written.
 
 What the folder computes differently: a picture keeps all 600 positions, its padding among them; the release looks away
 from padding, and its inference leaves those positions out. timm's ConvNeXt-XXL norms with an epsilon of 1e-5,
