@@ -66,13 +66,11 @@ class MultiEncoderProcessor(ProcessorMixin):
         self.image_token = IMAGE_PLACEHOLDER
 
     @classmethod
-    def of_folder(cls, folder: Path | str) -> MultiEncoderProcessor:
-        """Of a model folder, whether or not the model's code is loaded."""
-        return cls(
-            MultiEncoderImageProcessor.from_pretrained(folder),
-            AutoTokenizer.from_pretrained(folder),
-            (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8"),
-        )
+    def from_pretrained(cls, location: Path | str, revision: str = "main", **_: Any) -> MultiEncoderProcessor:
+        """Of a model folder or Hub id, whether or not the model's code is loaded."""
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+        image_processor = MultiEncoderImageProcessor.from_pretrained(location, revision=revision)
+        return cls(image_processor, tokenizer, tokenizer.chat_template)
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ def load_processor(folder: Path | str) -> LlavaProcessor | MultiEncoderProcessor
     """torchvision's resize, the default where it is installed, moves logits by 1e-2."""
     settings = Path(folder) / "processor_config.json"
     if settings.is_file() and json.loads(settings.read_text())["processor_class"] == MultiEncoderProcessor.__name__:
-        return MultiEncoderProcessor.of_folder(folder)
+        return MultiEncoderProcessor.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor = LlavaImageProcessorPil.from_pretrained(folder)
     return processor

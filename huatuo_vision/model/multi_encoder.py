@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -46,7 +45,7 @@ from huatuo_vision.model.sva import (
     start_vectors,
     window_context,
 )
-from huatuo_vision.multi_encoder_processor import MultiEncoderImageProcessor, MultiEncoderProcessor
+from huatuo_vision.multi_encoder_processor import MultiEncoderProcessor
 from huatuo_vision.schema import UserError
 
 
@@ -286,5 +285,4 @@ def projector(config: MultiEncoderConfig, encoders: Sequence[GridEncoder]) -> Sv
 AutoConfig.register(MultiEncoderConfig.model_type, MultiEncoderConfig)
 AutoModel.register(MultiEncoderConfig, MultiEncoderModel)
 AutoModelForImageTextToText.register(MultiEncoderConfig, MultiEncoderLlava)
-AutoImageProcessor.register(MultiEncoderConfig, image_processor_classes={"pil": MultiEncoderImageProcessor})
 AutoProcessor.register(MultiEncoderConfig, MultiEncoderProcessor)
