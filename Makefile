@@ -6,12 +6,12 @@ BIN := .venv/bin
 # On the CPU, two processes of one thread: matrices this small gain little from a second thread.
 LAUNCH := ACCELERATE_USE_CPU=true CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
 # Two test processes, one thread each: more threads only wait for each other on tiny models.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 # The stand-in for an MLLM is up at OPENAI_BASE_URL while the builder runs.
 BUILD := $(BIN)/python -m data.stand_in -- $(BIN)/python -m data.build
 
-.PHONY: demo data-demo ablations test test-slow lint
+.PHONY: demo data-demo ablations test test-slow test-gpu lint
 
 demo: .venv/installed
 	$(LAUNCH) train.py --recipe recipes/phantom.yaml
@@ -38,6 +38,10 @@ test: .venv/data-installed
 
 test-slow: .venv/data-installed
 	$(PYTEST) -m slow
+
+# What needs a CUDA device; skips without one.
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -m gpu
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

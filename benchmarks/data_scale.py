@@ -2,9 +2,9 @@
 
 Rows are made on the spot: small pictures unlike each other, or (--pictures FOLDER) the JPEG files of a folder, mixed
 two by two so that no two rows are the same, and captions of random vocabulary entries. Every stage is a process of
-its own with one worker; its memory is the process's peak, and its time leaves out the start of Python (measured by
-running the completed stage once more). The stage reformat asks data.stand_in, in this process: what is measured is
-all that is not the model's own time, on both sides of the wire.
+its own with one worker; its memory is the process's peak, and its time is the processor time of its one thread, less
+that of starting Python (measured by running the completed stage once more), so that what else the machine does matters
+little. The stage reformat asks data.stand_in, in this process: what is measured is the builder's share alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def measure(rows: int, side: int, pictures: Sequence[Path], work: Path) -> Iterator[dict[str, Any]]:
-    """One entry a stage, and the run folder's size at the end."""
+    """One entry a stage, with the run folder's size after it."""
     source, out, config = work / "source", work / "run", work / "config.yaml"
     made = make_source(source, rows, side, pictures)
     classifier = {"encoder": "small-v1", "weights": [0.0] * 109, "bias": 3.0, "threshold": 0.5, "labels": {}}
@@ -92,28 +92,39 @@ def measure(rows: int, side: int, pictures: Sequence[Path], work: Path) -> Itera
             seconds, peak = _run([*map(str, command), stage], url)
             start, _ = _run([*map(str, command), stage], url)
         funnel = json.loads((out / "funnel.json").read_text())["stages"][-1]
+        rate = funnel["rows_in"] / max(seconds - start, 1e-3)
         yield {
             "rows": rows,
             "stage": stage,
             "rows_in": funnel["rows_in"],
             "rows_out": funnel["rows_out"],
             "seconds": round(max(seconds - start, 1e-3), 2),
-            "rows_per_second": round(funnel["rows_in"] / max(seconds - start, 1e-3)),
+            "rows_per_second": round(rate),
+            "core_hours_for_ten_million": round(1e7 / rate / 3600, 1),
             "peak_mib": round(peak / 1024),
+            "folder_bytes_a_row": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) // rows,
             "picture_bytes": made // rows,
         }
 
 
+# Its parent's peak memory would be the least that a process can report, so a small one starts it.
+LAUNCHER = """
+import os, sys
+process = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, used = os.wait4(process, 0)
+print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""
+
+
 def _run(command: list[str], endpoint: str) -> tuple[float, int]:
-    """Wall seconds and peak memory in KiB of a command that must succeed."""
-    started = time.monotonic()
+    """Processor seconds and peak memory in KiB of a command that must succeed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_BASE_URL": endpoint}
-    quiet = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
-    process = os.posix_spawn(command[0], command, environment, file_actions=quiet)
-    _, status, used = os.wait4(process, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
+    launch = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
+    said = subprocess.run(launch, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    code, seconds, peak = said.split()[-3:]
+    if code != "0":
         raise SystemExit(f"failed: {' '.join(command)}")
-    return time.monotonic() - started, used.ru_maxrss
+    return float(seconds), int(peak)
 
 
 def main() -> None:
@@ -127,12 +138,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="JSONL", help="where the figures are appended")
     arguments = parser.parse_args()
     pictures = sorted(arguments.pictures.glob("*.jpg")) if arguments.pictures else []
-    table = Table("rows", "stage", "rows/s", "seconds", "peak MiB", "bytes a picture", title="one process, one thread")
+    columns = {
+        "rows": "rows",
+        "stage": "stage",
+        "rows_per_second": "rows/s of a core",
+        "core_hours_for_ten_million": "core hours for 10 M",
+        "peak_mib": "peak MiB",
+        "picture_bytes": "bytes a picture",
+        "folder_bytes_a_row": "run folder, bytes a row",
+    }
+    table = Table(*columns.values(), title="one worker, one thread")
     for rows in arguments.rows:
         work = Path(tempfile.mkdtemp(dir=arguments.work))
         try:
             for found in measure(rows, arguments.side, pictures, work):
-                columns = ("rows", "stage", "rows_per_second", "seconds", "peak_mib", "picture_bytes")
                 table.add_row(*(f"{found[c]:,}" if c != "stage" else found[c] for c in columns))
                 if arguments.out:
                     with arguments.out.open("a") as file:

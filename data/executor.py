@@ -104,18 +104,19 @@ class LocalRun:
             # Spawned, since forking a process that has threads (the progress bar's, a library's) can hang.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._workers, context, initializer=_end_with_parent)
-        running = {self._pool.submit(run_task, executor, rank) for rank in ranks}
-        while running:
-            finished, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            try:
+        try:
+            # A worker can die while tasks are still being handed out, so submitting stands inside as well.
+            running = {self._pool.submit(run_task, executor, rank) for rank in ranks}
+            while running:
+                finished, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for future in finished:
                     future.result()
-            except BrokenProcessPool:
-                raise UserError(
-                    "a worker process was killed (out of memory?); run the same command again and it goes on from "
-                    "there, with fewer executor.workers if memory was short"
-                ) from None
-            show(len(finished))
+                show(len(finished))
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed (out of memory?); run the same command again and it goes on from "
+                "there, with fewer executor.workers if memory was short"
+            ) from None
 
 
 class LocalExecutor(LocalPipelineExecutor):
@@ -152,11 +153,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _end_workers(pool: ProcessPoolExecutor) -> None:
-    for process in list((pool._processes or {}).values()):
-        process.terminate()
 
 
 @contextlib.contextmanager

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
 
 from huatuo_vision.inputs.mixture import over_limits, select_rows
-from huatuo_vision.recipe import Recipe, SourceSpec
 from huatuo_vision.schema import UserError
+
+if TYPE_CHECKING:
+    from huatuo_vision.recipe import Recipe, SourceSpec
 
 TABLE = Path(__file__).with_name("assumed_lengths.yaml")
 DRAWS = 4096  # samples of each source; their mean is within 1 or 2 % of the table's
@@ -39,7 +42,7 @@ def assumed_samples(recipe: Recipe, phase_name: str, rows: Mapping[str, int], to
     drawn, available = {}, {}
     for entry in phase.data:
         spec = recipe.data[entry.source]
-        tokens, targets, images = _draw(_lengths(spec, phase_name, entry.source), tokens_per_image)
+        tokens, targets, images = draw_lengths(_key(spec, phase_name, entry.source), tokens_per_image)
         kept = ~np.logical_or.reduce(list(over_limits(tokens, images, phase).values()))
         drawn[entry.source] = tokens[kept], targets[kept], images[kept]
         available[entry.source] = round(rows[entry.source] * kept.mean())
@@ -56,17 +59,19 @@ def assumed_samples(recipe: Recipe, phase_name: str, rows: Mapping[str, int], to
     return AssumedSamples(per_epoch, *map(np.concatenate, columns))
 
 
-def _lengths(spec: SourceSpec, phase: str, name: str) -> dict:
+def _key(spec: SourceSpec, phase: str, name: str) -> str:
     keys = [f"{spec.adapter}.{spec.config}", f"{spec.adapter}.{phase}", spec.adapter]
     if spec.columns.options:
         keys.insert(0, f"{spec.adapter}.options")
     for key in keys:
         if key in _table():
-            return _table()[key]
+            return key
     raise UserError(f"data.{name}: nothing is assumed of how long samples of adapter {spec.adapter} are in {phase}")
 
 
-def _draw(lengths: dict, tokens_per_image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_lengths(key: str, tokens_per_image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, targets and images, each (DRAWS,), of samples as the table's `key` has them; the same on every call."""
+    lengths = _table()[key]
     random = np.random.default_rng(0)
     spread = lengths["spread"]
     # A log-normal's mean is exp(mu + spread^2 / 2).

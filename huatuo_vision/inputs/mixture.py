@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from huatuo_vision.recipe import MixtureEntry, PhaseSpec
 from huatuo_vision.schema import UserError
+
+if TYPE_CHECKING:
+    from huatuo_vision.recipe import MixtureEntry, PhaseSpec
 
 
 def over_limits(tokens: np.ndarray, images: np.ndarray, phase: PhaseSpec) -> dict[str, np.ndarray]:

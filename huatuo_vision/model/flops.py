@@ -3,8 +3,9 @@
 Legend, one row (or any set of rows): S tokens, S2 sum of the squared sample lengths, T supervised tokens, M images.
 Language model: L decoder layers, h hidden, f intermediate, d_q = heads * head_dim, d_kv = key/value heads * head_dim,
 N matmul weights of the decoder layers (no embedding, no head), V vocabulary. Vision encoders, each one or several
-stacks of layers, all of which run: L_v layers, d_v hidden, f_v intermediate, N_v matmul weights, P tokens per image
-(patches and class token). Projector: N_p weights, I image tokens that it hands on.
+stacks of layers: L_v layers, of which R_v stand before the state that the projector reads and run, d_v hidden, f_v
+intermediate, N_v matmul weights of the L_v layers, P tokens per image (patches and class token).
+Projector: N_p weights, I image tokens that it hands on.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from huatuo_vision.recipe import LoraSpec, TrainSpec
-
 if TYPE_CHECKING:
     import numpy as np
     from transformers import LlavaConfig, PreTrainedConfig
 
     from huatuo_vision.model.multi_encoder import MultiEncoderConfig
+    from huatuo_vision.recipe import LoraSpec, TrainSpec
 
 # Bytes that one decoder layer keeps for the backward, per token: (per h, per d_kv, per f). Measured on Llama layers
 # with torch.autograd.graph.saved_tensors_hooks, under bf16 autocast and in fp32; a frozen linear does not keep its
@@ -46,6 +46,7 @@ class LayerStack:
     """Equal layers of a vision encoder: attention and MLP, or a ConvNeXt's convolution and MLP."""
 
     layers: int  # L_v
+    layers_read: int  # R_v
     hidden: int  # d_v
     intermediate: int  # f_v
     tokens: int  # P
@@ -55,7 +56,7 @@ class LayerStack:
     @property
     def image_flops(self) -> int:
         attention = 4 * self.hidden * self.tokens**2 if self.attends else 0
-        return self.layers * (2 * self.layer_weights * self.tokens + attention)
+        return self.layers_read * (2 * self.layer_weights * self.tokens + attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,16 @@ class EncoderShape:
     position_weights: int
 
     @classmethod
-    def from_config(cls, vision: PreTrainedConfig, image_size: int) -> EncoderShape:
+    def from_config(cls, vision: PreTrainedConfig, image_size: int, layers_read: int | None) -> EncoderShape:
+        """layers_read: None where all are."""
         if vision.model_type == "convnext":
             stacks, between, before = [], vision.num_channels * vision.patch_size**2 * vision.hidden_sizes[0], None
             for stage, (width, depth) in enumerate(zip(vision.hidden_sizes, vision.depths, strict=True)):
                 between += 4 * before * width if before else 0
                 tokens = (image_size // (vision.patch_size * 2**stage)) ** 2
-                stacks.append(LayerStack(depth, width, 4 * width, tokens, (49 + 8 * width) * width, attends=False))
+                stacks.append(
+                    LayerStack(depth, depth, width, 4 * width, tokens, (49 + 8 * width) * width, attends=False)
+                )
                 before = width
             return cls(tuple(stacks), between, 0)
         d = vision.hidden_size
@@ -84,7 +88,9 @@ class EncoderShape:
             intermediate = vision.intermediate_size
             mlp = 2 * d * intermediate
         tokens = (image_size // vision.patch_size) ** 2 + class_tokens
-        stack = LayerStack(vision.num_hidden_layers, d, intermediate, tokens, 4 * d * d + mlp)
+        layers = vision.num_hidden_layers
+        read = layers if layers_read is None else layers_read
+        stack = LayerStack(layers, read, d, intermediate, tokens, 4 * d * d + mlp)
         positions = ((vision.image_size // vision.patch_size) ** 2 + class_tokens) * d
         return cls((stack,), vision.num_channels * vision.patch_size**2 * d, positions)
 
@@ -153,13 +159,13 @@ class ModelShape:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if config.model_type == "llava":
             vision = config.vision_config
-            encoders = (EncoderShape.from_config(vision, vision.image_size),)
+            encoders = (EncoderShape.from_config(vision, vision.image_size, vision_layers_read(config)),)
             image_tokens = encoders[0].stacks[0].tokens - (config.vision_feature_select_strategy == "default")
             states = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
             projector = ProjectorShape.of_mlp(states * vision.hidden_size, text.hidden_size, image_tokens)
         else:
             grids, image_tokens = config.grids, config.tokens_per_image
-            encoders = tuple(EncoderShape.from_config(grid.config, grid.image_size) for grid in grids)
+            encoders = tuple(EncoderShape.from_config(grid.config, grid.image_size, grid.layers_read) for grid in grids)
             channels = sum(grid.channels for grid in grids)
             projector = (
                 ProjectorShape.of_sva(config)
@@ -207,6 +213,14 @@ class ModelShape:
         return lora.r * self.layers * (2 * (h + q) + 2 * (h + kv) + 3 * (h + f))
 
 
+def vision_layers_read(config: LlavaConfig) -> int:
+    """How many encoder layers stand before the last hidden state that the projector reads (0: the embeddings)."""
+    layers, wanted = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    states = [wanted] if isinstance(wanted, int) else wanted
+    # hidden_states holds the embeddings' output and then one state per layer.
+    return max(state if state >= 0 else layers + 1 + state for state in states)
+
+
 def forward_flops(
     shape: ModelShape, *, tokens: int, squared_lengths: int, targets: int, images: int
 ) -> dict[str, float]:
@@ -233,8 +247,7 @@ def step_flops(
     A matmul's backward costs its forward once towards its input and once towards its weights; frozen weights need only
     the first, and a frozen encoder, with nothing to train before it, neither. Attention has no weights, so its
     backward is always twice its forward. LoRA adds 6 r A S. What trains counts three times as a whole, as in the usual
-    formula: the projector's first linear above a frozen encoder, and a trained encoder's layers behind the feature
-    layer, in truth cost less.
+    formula: the projector's first linear above a frozen encoder in truth costs less.
     """
     forward = forward_flops(shape, tokens=tokens, squared_lengths=squared_lengths, targets=targets, images=images)
     language_model_in_full = bool(train.language_model and not train.lora)
@@ -320,7 +333,7 @@ def memory_estimate(
         for stack in (stack for encoder in shape.encoders for stack in encoder.stacks):
             patches = row_images * stack.tokens
             layer = patches * (per_hidden * stack.hidden + per_intermediate * stack.intermediate)
-            activations += _kept(stack.layers, layer, width * stack.hidden * patches, recompute)
+            activations += _kept(stack.layers_read, layer, width * stack.hidden * patches, recompute)
     if train.projector:
         activations += row_images * shape.projector.kept[precision]
     return {

@@ -1,7 +1,7 @@
 """transformers' LLaVA with a forward for packed rows. What is saved is plain LlavaForConditionalGeneration.
 
 Legend: S tokens of the row, N images in it, P features per image, V vision width, D language width,
-T supervised tokens.
+T supervised tokens, in G groups (the sources they come from).
 """
 
 from __future__ import annotations
@@ -13,9 +13,19 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from huatuo_vision.model.flops import vision_layers_read
+
+# 256 rows of logits at a time stay in the cache, and their gradients are taken before they leave it: on a CPU in fp32
+# a quarter to a third less time for head and loss than whole logits. Absent before torch 2.13; in bf16 its sum is off.
+_CHUNKED = (
+    torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=256)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions")
+    else None
+)
+
 
 class PackedLlava(LlavaForConditionalGeneration):
-    """Takes one packed row (`inputs.rows.pack_row`) and returns the loss of each supervised token.
+    """Takes one packed row (`inputs.rows.pack_row`) and returns the summed loss of each source's targets.
 
     Saved through `model.folder`, never through `save_pretrained`, so no checkpoint names this class.
     """
@@ -26,22 +36,22 @@ class PackedLlava(LlavaForConditionalGeneration):
         position_ids: torch.Tensor,  # (1, S), restarting at every sample
         logits_to_keep: torch.Tensor,  # (T,) positions that predict a supervised token
         shift_labels: torch.Tensor,  # (T,) the tokens they predict
+        target_counts: tuple[int, ...],  # (G,) how many of them belong together, one group after the other
         cu_seq_lens: torch.Tensor,  # (samples + 1,) int32
         sample_lengths: tuple[int, ...],
         pixel_values: torch.Tensor | None = None,  # (N, 3, H, W), in the order of their placeholders
-    ) -> torch.Tensor:  # (T,) fp32
+        image_positions: torch.Tensor | None = None,  # (N * P,) where their features go, with pixel_values only
+    ) -> torch.Tensor:  # (G,) fp32
         embeddings = self.get_input_embeddings()(input_ids)  # (1, S, D)
         # A row without images runs a blank one and adds nothing of it: every rank runs the same modules, so no
         # rank of DDP waits for a gradient, and none of FSDP or ZeRO-3 for a gather, that never comes.
         blank = pixel_values is None
-        features, seen = self.see(
-            input_ids, self.blank_image(embeddings.device) if blank else pixel_values, blank=blank
-        )
+        features, seen = self.see(self.blank_image(embeddings.device) if blank else pixel_values, image_positions)
+        features = features.to(embeddings.dtype)
         if blank:
             embeddings = embeddings + 0.0 * features.float().mean().to(embeddings.dtype)
         else:
-            is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+            embeddings = embeddings.index_copy(1, image_positions, features[None])
 
         longest = max(sample_lengths)
         hidden = self.model.language_model(
@@ -55,8 +65,9 @@ class PackedLlava(LlavaForConditionalGeneration):
             sample_lengths=sample_lengths,
             **seen,
         ).last_hidden_state[0]  # (S, D)
-        logits = self.lm_head(hidden[logits_to_keep])  # (T, vocabulary): only where there is a label
-        return F.cross_entropy(logits.float(), shift_labels, reduction="none")
+        kept = hidden.index_select(0, logits_to_keep)  # (T, D): logits only where there is a label
+        groups = zip(kept.split(target_counts), shift_labels.split(target_counts), strict=True)
+        return torch.stack([self._summed_loss(*group) for group in groups])
 
     def blank_image(self, device: torch.device) -> torch.Tensor:
         """(1, 3, H, W)"""
@@ -64,11 +75,37 @@ class PackedLlava(LlavaForConditionalGeneration):
         return torch.zeros(1, 3, side, side, device=device)
 
     def see(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, *, blank: bool
+        self, pixel_values: torch.Tensor, image_positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Features (N * P, D) for the image tokens, and what else of the images the language model's call takes."""
+        """Features (N * P, D) for the image positions, and what else of the images the language model's call takes."""
         features = self.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
         return torch.cat(tuple(features)), {}
+
+    def _summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """hidden: (t, D), labels: (t,). Cross-entropy in fp32, summed."""
+        weight = self.lm_head.weight
+        in_fp32 = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
+        if _CHUNKED is not None and hidden.device.type == "cpu" and in_fp32:
+            return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=_CHUNKED)
+        return F.cross_entropy(self.lm_head(hidden).float(), labels, reduction="sum")
+
+
+def skip_unread_layers(model: PackedLlava) -> None:
+    """Encoder layers behind the last state that the projector reads hand their input on, and keep their weights."""
+    tower = model.model.vision_tower
+    if isinstance(tower, nn.ModuleDict):
+        read = {grid.name: grid.layers_read for grid in model.config.grids}
+    else:
+        tower, read = {"": tower}, {"": vision_layers_read(model.config)}
+    for name, encoder in tower.items():
+        if read[name] is not None:
+            layers = encoder.encoder.layer if hasattr(encoder.encoder, "layer") else encoder.encoder.layers
+            for layer in layers[read[name] :]:
+                layer.forward = _pass_on
+
+
+def _pass_on(hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return hidden
 
 
 def recompute(model: PackedLlava, every: int, vision: bool = False) -> None:

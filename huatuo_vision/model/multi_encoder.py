@@ -145,21 +145,19 @@ class MultiEncoderModel(_Weights):
             grids.append(grid.features(self.vision_tower[grid.name], pixels))
         return self.multi_modal_projector(grids)
 
-    def image_context(
-        self, input_ids: torch.Tensor, windows: Windows | None, *, blank: bool = False
-    ) -> dict[str, ImageContext]:
-        """The keyword for the language model; none where no block is inside it. input_ids: (B, S)."""
+    def image_context(self, windows: Windows | None, image_positions: torch.Tensor | None) -> dict[str, ImageContext]:
+        """The keyword for the language model; none where no block is inside it.
+
+        image_positions: (N * P,) among all tokens of the call, newlines too; None: no image at all, but a blank one."""
         if windows is None or not len(self.multi_modal_projector.in_llm):
             return {}
         side, images = self.config.side, len(windows.context)
-        if blank:
-            positions = input_ids.new_zeros(images * side**2)
+        if image_positions is None:
+            positions = torch.zeros(images * side**2, dtype=torch.long, device=windows.context.device)
         else:
-            # Sorting finds them on the device, where asking how many there are would wait for it.
-            is_image = (input_ids == self.config.image_token_id).flatten().to(torch.int8)
-            found = is_image.argsort(descending=True, stable=True)[: images * self.config.tokens_per_image]
-            positions = found.view(images, side, -1)[:, :, :side].flatten()
-        return {"image_context": ImageContext(self.multi_modal_projector.in_llm, positions, windows, blank)}
+            positions = image_positions.view(images, side, -1)[:, :, :side].flatten()
+        blocks = self.multi_modal_projector.in_llm
+        return {"image_context": ImageContext(blocks, positions, windows, blank=image_positions is None)}
 
     def forward(
         self,
@@ -188,7 +186,7 @@ class MultiEncoderModel(_Weights):
                     f"need {expected}; whoever makes input_ids must repeat each image's token"
                 )
             inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds.dtype))
-            kwargs |= self.image_context(input_ids, windows)
+            kwargs |= self.image_context(windows, is_image.flatten().nonzero().flatten())
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -269,10 +267,10 @@ class PackedMultiEncoderLlava(PackedLlava, MultiEncoderLlava):
         return torch.zeros(1, sum(grid.pixels for grid in self.model.grids), device=device)
 
     def see(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, *, blank: bool
+        self, pixel_values: torch.Tensor, image_positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         features, windows = self.model.see(pixel_values)
-        return features.flatten(0, 1), self.model.image_context(input_ids, windows, blank=blank)
+        return features.flatten(0, 1), self.model.image_context(windows, image_positions)
 
 
 def projector(config: MultiEncoderConfig, encoders: Sequence[GridEncoder]) -> SvaProjector | MlpProjector:

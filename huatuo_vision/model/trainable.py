@@ -10,16 +10,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import dtype, nn
 
+from huatuo_vision.model.flops import vision_layers_read
 from huatuo_vision.model.multi_encoder import MultiEncoderConfig
-from huatuo_vision.recipe import PARTS, TrainSpec
 from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, LlavaConfig
+
+    from huatuo_vision.recipe import TrainSpec
 
 Part = Literal["vision_encoder", "projector", "language_model"]
 
@@ -50,14 +52,6 @@ def part_of(parameter_name: str) -> Part:
     raise ValueError(
         f"parameter {parameter_name!r} belongs to no part; expected one of {', '.join(PART_OF_MODULE)} in its name"
     )
-
-
-def vision_layers_read(config: LlavaConfig) -> int:
-    """How many encoder layers stand before the last hidden state that the projector reads (0: the embeddings)."""
-    layers, wanted = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    states = [wanted] if isinstance(wanted, int) else wanted
-    # hidden_states holds the embeddings' output and then one state per layer.
-    return max(state if state >= 0 else layers + 1 + state for state in states)
 
 
 def freeze(model: nn.Module, train: TrainSpec) -> None:
@@ -190,7 +184,7 @@ def parameter_groups(model: nn.Module, train: TrainSpec, weight_decay: float) ->
 
 def parameter_counts(model: nn.Module) -> dict[Part, tuple[int, int]]:
     """Part -> (trainable, total) weights, however they are packed or sharded."""
-    counts = dict.fromkeys(PARTS, (0, 0))
+    counts = dict.fromkeys(get_args(Part), (0, 0))
     for name, parameter in model.named_parameters():
         # PEFT keeps the projector it started from beside the trained copy, and runs only the copy.
         if "original_module" in name.split("."):

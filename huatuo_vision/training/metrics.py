@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -37,16 +38,19 @@ class Window:
     def _open(self) -> None:
         device = self._accelerator.device
         self._loss = torch.zeros(len(self._sources), device=device)  # summed loss per source
-        self._targets = torch.zeros(len(self._sources), device=device)  # supervised tokens per source
+        self._targets = [0.0] * len(self._sources)  # supervised tokens per source
         self._counts: Counter[str] = Counter()
         self._flops = 0.0
         self._waited = 0.0
         self._started = time.perf_counter()
 
-    def add_row(self, losses: torch.Tensor, target_sources: torch.Tensor, stats: dict[str, int]) -> None:
-        """losses, target_sources: (T,) of one row. No transfer from the device."""
-        self._loss.index_add_(0, target_sources, losses.detach().float())
-        self._targets.index_add_(0, target_sources, torch.ones_like(losses, dtype=torch.float32))
+    def add_row(
+        self, losses: torch.Tensor, sources: Sequence[int], targets: Sequence[int], stats: dict[str, int]
+    ) -> None:
+        """One row's summed loss (G,), source and number of targets, by source. No transfer from the device."""
+        for source, count, loss in zip(sources, targets, losses.detach(), strict=True):
+            self._loss[source] += loss
+            self._targets[source] += count
         self._counts.update({name: stats[name] for name in _COUNTED})
 
     def add_flops(self, flops: float) -> None:
@@ -59,10 +63,10 @@ class Window:
         """Totals over all processes since the last call. Every process must call it at the same step."""
         seconds = time.perf_counter() - self._started
         device = self._accelerator.device
-        local = [float(self._counts[name]) for name in _COUNTED] + [self._flops, self._waited]
+        local = [*self._targets, *(float(self._counts[name]) for name in _COUNTED), self._flops, self._waited]
         # The device clocks float32 at best: FLOPs are carried in units of 1e12.
         local[-2] /= 1e12
-        packed = torch.cat([self._loss, self._targets, torch.tensor(local, device=device)])
+        packed = torch.cat([self._loss, torch.tensor(local, device=device)])
         total = self._accelerator.reduce(packed, reduction="sum").tolist()
         losses, rest = total[: len(self._sources)], total[len(self._sources) :]
         targets, (samples, _, supervised, images, tera_flops, waited) = rest[: len(self._sources)], rest[-6:]

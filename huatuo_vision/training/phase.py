@@ -6,7 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,21 +17,23 @@ from transformers import AutoConfig, TrainingArguments
 
 from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.plan import StepPlan, plan_steps
-from huatuo_vision.inputs.prepare import Pool
 from huatuo_vision.inputs.rows import PlannedRows
-from huatuo_vision.inputs.sources import Source
 from huatuo_vision.model.attention import choose_attention
 from huatuo_vision.model.flops import ModelShape, sample_cost, step_flops
 from huatuo_vision.model.folder import load_model, save_model_folder
-from huatuo_vision.model.llava import recompute
+from huatuo_vision.model.llava import recompute, skip_unread_layers
 from huatuo_vision.model.merge import save_adapter
 from huatuo_vision.model.trainable import apply_training, fsdp_wrap_classes, parameter_counts, quantization_config
-from huatuo_vision.recipe import PhaseSpec, Recipe
 from huatuo_vision.run_record import write_json
 from huatuo_vision.schema import UserError
 from huatuo_vision.training.checkpoint import latest_checkpoint, read_manifest
 from huatuo_vision.training.console import ProgressLog
 from huatuo_vision.training.trainer import PhaseTrainer
+
+if TYPE_CHECKING:
+    from huatuo_vision.inputs.prepare import Pool
+    from huatuo_vision.inputs.sources import Source
+    from huatuo_vision.recipe import PhaseSpec, Recipe
 
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -79,9 +81,9 @@ def run_phase(recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path
     """
     phase, folder = recipe.phases[name], out / name
     state = PartialState()
-    arguments = _training_arguments(recipe, name, folder, data.plan)  # before the model: ZeRO-3 shards while loading
+    arguments = training_arguments(recipe, name, folder, data.plan)  # before the model: ZeRO-3 shards while loading
     checkpoint = _agree_on_checkpoint(folder, state, arguments, console)
-    model = _build_model(phase, start, arguments.device, data.shape)
+    model = _load_start(phase, start, arguments.device)
     counts = parameter_counts(model)
 
     def row_flops(stats: dict[str, int]) -> float:
@@ -124,7 +126,7 @@ def model_attention(model: torch.nn.Module) -> str:
     return base.config.text_config._attn_implementation
 
 
-def _training_arguments(recipe: Recipe, name: str, folder: Path, plan: StepPlan) -> TrainingArguments:
+def training_arguments(recipe: Recipe, name: str, folder: Path, plan: StepPlan) -> TrainingArguments:
     phase = recipe.phases[name]
     on_cuda = torch.cuda.is_available()
     return TrainingArguments(
@@ -146,6 +148,8 @@ def _training_arguments(recipe: Recipe, name: str, folder: Path, plan: StepPlan)
         remove_unused_columns=False,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=on_cuda,
+        # A blocking copy of the next rows would wait for all that the device still has to do.
+        accelerator_config={"non_blocking": on_cuda},
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=False,  # the plan knows the step's supervised tokens
         disable_tqdm=True,
@@ -189,13 +193,20 @@ def _agree_on_checkpoint(
     return checkpoint
 
 
-def _build_model(phase: PhaseSpec, start: Path, device: torch.device, shape: ModelShape) -> torch.nn.Module:
+def _load_start(phase: PhaseSpec, start: Path, device: torch.device) -> torch.nn.Module:
     dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
     _check_window(AutoConfig.from_pretrained(start), phase)
-    attention = choose_attention(phase.attention, device=device, precision=phase.precision)
+    choose_attention(phase.attention, device=device, precision=phase.precision)  # refused before minutes of loading
     model = load_model(start, dtype=dtype, packed=True, quantization_config=quantization_config(phase.train, dtype))
+    return prepare_model(model, phase, device)
+
+
+def prepare_model(model: torch.nn.Module, phase: PhaseSpec, device: torch.device) -> torch.nn.Module:
+    """A loaded model ready to train as the phase says: attention, what trains, recomputation, compilation."""
+    attention = choose_attention(phase.attention, device=device, precision=phase.precision)
     model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
     model.config.text_config.use_cache = False
+    skip_unread_layers(model)
     model = apply_training(model, phase.train)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if phase.recompute != "none":

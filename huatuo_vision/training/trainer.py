@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -23,11 +23,13 @@ from transformers import Trainer
 
 from huatuo_vision.inputs.rows import PlannedRows, only_row
 from huatuo_vision.model.trainable import parameter_groups
-from huatuo_vision.recipe import PhaseSpec
 from huatuo_vision.run_record import write_json
 from huatuo_vision.schema import UserError
 from huatuo_vision.training.checkpoint import remove_old, seal, staging_folder
 from huatuo_vision.training.metrics import Window
+
+if TYPE_CHECKING:
+    from huatuo_vision.recipe import PhaseSpec
 
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
@@ -72,9 +74,9 @@ class PhaseTrainer(Trainer):
         num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
         inputs = dict(inputs)
-        stats, target_sources = inputs.pop("stats"), inputs.pop("target_sources")
-        losses = model(**inputs)  # (T,)
-        self.window.add_row(losses, target_sources, stats)
+        stats, sources = inputs.pop("stats"), inputs.pop("target_sources")
+        losses = model(**inputs)  # (G,) summed
+        self.window.add_row(losses, sources, inputs["target_counts"], stats)
         # Gradients are averaged over processes; the sum over them is what the step's loss is.
         loss = losses.sum() * (self.accelerator.num_processes / stats["step_targets"])
         self._step_loss += loss.detach()

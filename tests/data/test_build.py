@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,15 @@ import pytest
 pytest.importorskip("datatrove")
 
 import yaml
+from rich.console import Console
 
 from data.build import main
+from data.config import Executor
+from data.executor import LocalExecutor, LocalRun
 from data.funnel import funnel
 from data.tables import RunFolder
 from huatuo_vision.cli import run_command
+from huatuo_vision.schema import UserError
 from tests.data.test_dedup import textured
 from tests.data.test_ingest import article, fig, put
 
@@ -204,6 +211,17 @@ def test_a_killed_worker_ends_the_run_within_seconds_and_orphans_end_too(tmp_pat
     process.send_signal(signal.SIGKILL)
     process.wait()
     _wait_for(lambda: not [pid for pid in _pids(tmp_path) if _alive(pid)], 10)
+
+
+def test_a_worker_that_dies_while_tasks_are_still_handed_out_is_said_in_the_same_words(tmp_path):
+    """A pool that is already broken refuses the next task instead of failing its future."""
+    executor = LocalExecutor([], tasks=2, logging_dir=str(tmp_path))
+    with LocalRun(Executor(workers=2), Console(quiet=True)) as local:
+        local._pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+        with contextlib.suppress(BrokenProcessPool):
+            local._pool.submit(os._exit, 1).result(60)
+        with pytest.raises(UserError, match="a worker process was killed"):
+            local._run_in_pool(executor, [0, 1], lambda more: None)
 
 
 def _slow_reading(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config, SiglipVisionConfig
@@ -13,7 +14,7 @@ from huatuo_vision.inputs.encode import Encoded
 from huatuo_vision.inputs.rows import pack_row
 from huatuo_vision.model.attention import PER_SAMPLE
 from huatuo_vision.model.flops import ModelShape, forward_flops, memory_estimate, step_flops
-from huatuo_vision.model.llava import PackedLlava, recompute
+from huatuo_vision.model.llava import PackedLlava, recompute, skip_unread_layers
 from huatuo_vision.model.trainable import apply_training, parameter_counts
 from huatuo_vision.recipe import TrainSpec
 from tests.model.test_packing import MODEL_INPUTS
@@ -31,6 +32,7 @@ TOKENS = TEXT_TOKENS + PATCHES
 def counted(model: torch.nn.Module, backward: bool) -> FlopCounterMode:
     # torch does not count every SDPA kernel; eager attention is two matmuls over the full square.
     model.set_attn_implementation("eager")
+    skip_unread_layers(model.get_base_model() if isinstance(model, PeftModel) else model)
     with FlopCounterMode(display=False) as counter:
         loss = model(**tiny_batch(TEXT_TOKENS)).loss
         if backward:
@@ -139,7 +141,8 @@ def test_real_sizes(text: str, weights: float, align: float, instruct: float):
     assert shape.layer_weights == pytest.approx(weights, rel=2e-3)
     assert (shape.encoders[0].stacks[0].tokens, shape.image_tokens) == (577, 576)
     sample = {"tokens": 776, "squared_lengths": 776**2, "targets": 140, "images": 1}
-    assert forward_flops(shape, **sample)["vision_encoder"] == pytest.approx(0.381e12, rel=2e-3)
+    # 0.381e12 for all 24 layers; the last is behind the state that is read.
+    assert forward_flops(shape, **sample)["vision_encoder"] == pytest.approx(0.381e12 * 23 / 24, rel=2e-3)
     assert step_flops(shape, ALIGN, **sample) == pytest.approx(align, rel=5e-3)
     assert step_flops(shape, INSTRUCT, **sample) == pytest.approx(instruct, rel=5e-3)
 
@@ -159,7 +162,7 @@ def test_siglip_has_no_class_token():
     shape = ModelShape.from_config(config)
     assert (shape.encoders[0].stacks[0].tokens, shape.image_tokens) == (729, 729)
     one_image = forward_flops(shape, tokens=0, squared_lengths=0, targets=0, images=1)
-    assert one_image["vision_encoder"] == pytest.approx(0.665e12, rel=2e-3)
+    assert one_image["vision_encoder"] == pytest.approx(0.665e12 * 26 / 27, rel=2e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -285,7 +288,7 @@ def peak_of_a_step(train: TrainSpec, recomputed: str) -> tuple[int, int]:
     ids = np.concatenate([np.full(PATCHES, IMAGE_TOKEN), np.arange(600) % 100 + 4]).astype(np.int64)
     sample = Encoded(ids, np.arange(len(ids)) >= 500)
     pixels = np.zeros((2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    row = pack_row([sample, sample], [0, 0], pixels, step_targets=1)
+    row = pack_row([sample, sample], [0, 0], pixels, step_targets=1, image_token_id=IMAGE_TOKEN)
 
     def step() -> None:
         optimizer.zero_grad()

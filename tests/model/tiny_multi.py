@@ -70,4 +70,10 @@ def sample(config: MultiEncoderConfig, seed: int, images: int) -> tuple[Encoded,
 
 def row(*samples: tuple[Encoded, np.ndarray]) -> dict:
     pixels = np.concatenate([pixels for _, pixels in samples])
-    return pack_row([e for e, _ in samples], list(range(len(samples))), pixels if len(pixels) else None, step_targets=1)
+    return pack_row(
+        [e for e, _ in samples],
+        list(range(len(samples))),
+        pixels if len(pixels) else None,
+        step_targets=1,
+        image_token_id=IMAGE_TOKEN,
+    )

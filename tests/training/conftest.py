@@ -41,7 +41,8 @@ class Launcher:
 
     def environment(self) -> dict[str, str]:
         added = {"HF_HOME": str(self.hf_home), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-        return os.environ | added | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return os.environ | added | offline | {"CUDA_VISIBLE_DEVICES": ""}
 
     def run(self, out: Path, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
         done = subprocess.run(

@@ -10,15 +10,16 @@ import time
 import pytest
 
 from tests.training.conftest import ROOT, TINY, largest_difference
+from tests.training.test_variants import both_phases
 
 
-def start(launcher, out) -> subprocess.Popen:
+def start(launcher, out, *settings: str) -> subprocess.Popen:
     environment = launcher.environment()
     del environment["ACCELERATE_USE_CPU"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
     command += ["--num_processes", "2", "--main_process_port", "0", "-m", "tests.training.fsdp2_on_cpu"]
     return subprocess.Popen(
-        [*command, "--recipe", str(TINY), "--out", str(out)],
+        [*command, "--recipe", str(TINY), "--out", str(out), *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -48,3 +49,11 @@ def test_two_sharded_processes_learn_what_one_learns_also_resumed(launcher, fini
     assert "resuming instruct from" in output
     assert json.loads((out / "run.json").read_text())["hardware"]["world_size"] == 2
     assert largest_difference(finished / "final", out / "final") < 2e-5
+
+
+@pytest.mark.slow
+def test_compiled_layers_shard_too(launcher, finished, tmp_path):
+    process = start(launcher, tmp_path / "fsdp", *both_phases("compile=true"), *both_phases("recompute=2"))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:]
+    assert largest_difference(finished / "final", tmp_path / "fsdp/final") < 5e-5

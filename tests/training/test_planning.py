@@ -156,7 +156,7 @@ def test_every_assumption_is_used_and_adds_up():
         recipe = load_recipe(path)
         for name, phase in recipe.phases.items():
             for entry in phase.data:
-                lengths = assumed._lengths(recipe.data[entry.source], name, entry.source)
+                lengths = assumed._table()[assumed._key(recipe.data[entry.source], name, entry.source)]
                 used |= {key for key, value in assumed._table().items() if value is lengths}
                 assert sum(lengths["images"].values()) == pytest.approx(1)
     assert used == set(assumed._table())
