@@ -22,7 +22,7 @@ from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:
     from huatuo_vision.evaluation.protocols import Protocol
-    from huatuo_vision.evaluation.run import Question
+    from huatuo_vision.evaluation.run import Extras, Question
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +39,10 @@ def parse_arguments() -> argparse.Namespace:
 
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for answers, scores and report")
     parser.add_argument(
-        "--protocol", default="default", metavar="NAME", help="default, huatuo-2024, mmmu-official or llava-med"
+        "--protocol",
+        default="default",
+        metavar="NAME",
+        help="default, huatuo-2024, mmmu-official, llava-med, open or explain",
     )
 
     asking = parser.add_argument_group("asking a model (--model)")
@@ -51,6 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     asking.add_argument("--blind", action="store_true", help="ask without the images, all else equal")
     asking.add_argument("--limit", type=positive, metavar="N", help="the first N rows of each benchmark only")
+    asking.add_argument(
+        "--no-controls",
+        action="store_true",
+        help="leave out the controls of clinical cases: text only, and options only",
+    )
     asking.add_argument("--rotate-options", action="store_true", help="ask with the options in every cyclic order too")
     asking.add_argument(
         "--scoring",
@@ -72,13 +80,29 @@ def parse_arguments() -> argparse.Namespace:
         help="of the endpoint (default: OPENAI_BASE_URL)",
     )
 
-    judging = parser.add_argument_group("a second opinion (never changes a score)")
+    judging = parser.add_argument_group("second opinions (never change a score)")
     judging.add_argument("--judge", metavar="MODEL", help="name of a judge model")
     judging.add_argument(
         "--judge-url",
         default=os.environ.get("OPENAI_BASE_URL"),
         metavar="URL",
         help="its endpoint (default: OPENAI_BASE_URL)",
+    )
+    judging.add_argument(
+        "--judge-cache",
+        type=Path,
+        metavar="FILE",
+        help="keep what it says there, for the evaluations of several models (default: in --out)",
+    )
+    judging.add_argument(
+        "--judge-repeats", type=positive, default=1, metavar="N", help="mark each explanation so often (default: 1)"
+    )
+    judging.add_argument("--human-sheet", type=Path, metavar="CSV", help="people's marks, to set beside the judge's")
+    judging.add_argument("--concepts", type=Path, metavar="FILE", help="terms to count in explanations, one a line")
+    judging.add_argument(
+        "--reasoning",
+        metavar="CSV|judge",
+        help="say of each question whether it asks for knowledge or inference: by a sheet, or by the judge",
     )
 
     comparing = parser.add_argument_group("requirements on a comparison (--compare), for scripts")
@@ -112,9 +136,10 @@ def main() -> int:
 
     # After the arguments, so that --help and a mistyped flag answer at once.
     from huatuo_vision.evaluation import compare, report, run
+    from huatuo_vision.evaluation.benchmarks import chosen_benchmarks
 
     if args.self_test:
-        return 0 if run.prove_rules(run.chosen_benchmarks(args.benchmarks or []), console) else 1
+        return 0 if run.prove_rules(chosen_benchmarks(args.benchmarks or []), console) else 1
 
     if args.compare:
         comparison = run.compare_folders(*args.compare, args.out, console)
@@ -131,6 +156,7 @@ def main() -> int:
         raise UserError("--out is missing; give the folder for answers, scores and report")
     if args.judge and not args.judge_url:
         raise UserError("--judge needs --judge-url, or OPENAI_BASE_URL in the environment")
+    extras = second_opinions(args)
 
     rows = []
     if args.responses:
@@ -140,16 +166,38 @@ def main() -> int:
     elif (rows := run.answer(question(args, protocol))) is None:
         return 0  # another process scores
 
-    scores = run.score(args.out, protocol, rows, judge=args.judge, judge_url=args.judge_url)
+    scores = run.score(args.out, protocol, rows, extras)
     if args.model:
         run.add_to_card(args.model, scores)
     report.show(scores, args.out, console)
     return 0
 
 
+def second_opinions(args: argparse.Namespace) -> Extras:
+    """What else to say of the answers, checked before the first is asked for. Raises UserError."""
+    from huatuo_vision.evaluation import run
+
+    for option, needed in (("--reasoning judge", args.reasoning == "judge"), ("--human-sheet", args.human_sheet)):
+        if needed and not args.judge:
+            raise UserError(f"{option} needs --judge: the name of the judge model")
+    for option, path in (("--human-sheet", args.human_sheet), ("--concepts", args.concepts)):
+        if path is not None and not path.is_file():
+            raise UserError(f"{option} {path} does not exist; give the path of a file")
+    return run.Extras(
+        judge=args.judge,
+        judge_url=args.judge_url,
+        judge_cache=args.judge_cache,
+        judge_repeats=args.judge_repeats,
+        human_sheet=args.human_sheet,
+        concepts=args.concepts,
+        reasoning=args.reasoning,
+    )
+
+
 def question(args: argparse.Namespace, protocol: Protocol) -> Question:
     """The checked command line of an evaluation. Raises UserError for what does not fit together."""
     from huatuo_vision.evaluation import run
+    from huatuo_vision.evaluation.benchmarks import chosen_benchmarks
 
     if not args.benchmarks:
         raise UserError("--benchmarks is missing; `eval.py --model M --benchmarks help` lists them")
@@ -159,7 +207,7 @@ def question(args: argparse.Namespace, protocol: Protocol) -> Question:
         raise UserError("--scoring likelihood needs --backend transformers; endpoints do not tell the likelihoods")
     return run.Question(
         model=args.model,
-        benchmarks=run.chosen_benchmarks(args.benchmarks),
+        benchmarks=chosen_benchmarks(args.benchmarks),
         protocol=protocol,
         out=args.out,
         blind=args.blind,
@@ -169,6 +217,7 @@ def question(args: argparse.Namespace, protocol: Protocol) -> Question:
         batch_size=args.batch_size,
         rotate_options=args.rotate_options,
         scoring=args.scoring,
+        controls=not args.no_controls,
     )
 
 

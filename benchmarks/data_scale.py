@@ -32,7 +32,7 @@ from rich.table import Table
 from data.filters.text import OWN_VOCABULARY, read_entries
 from data.stand_in import MODEL, serve
 
-STAGES = ("ingest", "text-filter", "image-filter", "dedup", "reformat", "assemble")
+STAGES = ("ingest", "text-filter", "image-filter", "dedup", "balance", "reformat", "assemble")
 ROWS_A_FILE = 5000
 
 

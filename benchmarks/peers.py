@@ -67,7 +67,7 @@ class PaddingCollator:
             return_dict=True,
             return_tensors="pt",
             return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": True},
+            processor_kwargs={"padding": True, "padding_side": "right"},
         )
         spoken = torch.as_tensor(batch.pop("assistant_masks"), dtype=torch.bool)
         return dict(batch) | {"labels": batch["input_ids"].masked_fill(~spoken, -100)}

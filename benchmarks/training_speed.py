@@ -290,6 +290,7 @@ def compare(
             losses, seconds, peak = train_once(side, workload, batches, folder / side, python, environment)
             result = measured[side]
             result.losses = result.losses or losses
+            loss_differences({side: losses}, {side: result.losses})  # every turn is the same training
             counted = [index for batch in batches[args.warm_up :] for index in batch]
             cpu = seconds[-1] - seconds[args.warm_up - 1]
             result.tokens_per_cpu_second.append(float(workload.tokens[counted].sum() / cpu))
@@ -379,59 +380,61 @@ def ratios(result: dict[str, Any], side: str, key: str) -> list[float]:
 
 
 def report(results: dict[str, Any], record: dict[str, Any], out: Path) -> list[str]:
-    """Print the tables and draw the plot; the bars that were missed, in words."""
+    """Print the tables (in Markdown) and draw the plot; the bars that were missed, in words."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    console, missed = Console(width=120), []
+    console, missed = Console(width=150, highlight=False), []
     for kind, result in results.items():
-        padding = result["padding"]
-        table = Table(
-            title=f"{kind}: {result['rows']} rows a turn, {padding['random']:.1%} padding in random batches of "
-            f"{BATCH}, {padding['grouped']:.1%} in grouped ones; {len(result['sides']['ours']['peak_mib'])} turns, "
-            f"{record['threads']} thread(s); median [min to max]",
-            title_justify="left",
+        padding, turns = result["padding"], len(result["sides"]["ours"]["peak_mib"])
+        console.print(
+            f"\n{kind}: {result['rows']} rows a turn, {turns} turns, {record['threads']} thread(s); padding is "
+            f"{padding['random']:.1%} of random batches of {BATCH}, {padding['grouped']:.1%} of grouped ones\n"
         )
-        for column in (
-            "",
+        table = Table(box=box.MARKDOWN)
+        columns = (
             "tokens per CPU s",
-            "supervised per CPU s",
+            "supervised",
             "ours is faster",
             "bar, goal",
             "peak MiB",
-            "loss",
-        ):
-            table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+            "ours takes",
+            "loss off by",
+        )
+        for column in ("", *columns):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for side, found in result["sides"].items():
-            speed = ratios(result, side, "tokens_per_cpu_second")
+            theirs = {key: ratios(result, side, key) for key in ("tokens_per_cpu_second", "peak_mib")}
+            speed, memory = (statistics.median(values) for values in theirs.values())
             bar = BARS.get((kind, side))
-            if bar and statistics.median(speed) < bar[0]:
-                missed.append(f"{kind}: {statistics.median(speed):.2f} times {side}, bar {bar[0]}")
+            if bar and speed < bar[0]:
+                missed.append(f"{kind}: {speed:.2f} times as fast as {side}, the bar is {bar[0]}")
+            if (kind, side) == ("single", "trl") and memory > MEMORY_BAR:
+                missed.append(f"{kind}: {memory:.2f} of TRL's memory, the bar is {MEMORY_BAR}")
+            compared = (
+                _spread(theirs["tokens_per_cpu_second"], ".2f"),
+                f"{bar[0]}, {bar[1]}" if bar else "",
+                _spread(found["peak_mib"], ",.0f"),
+                f"{memory:.2f}",
+                f"{result['loss_difference'][side]:.0e}",
+            )
             table.add_row(
                 side,
                 _spread(found["tokens_per_cpu_second"], ",.0f"),
                 f"{statistics.median(found['targets_per_cpu_second']):,.0f}",
-                "" if side == "ours" else _spread(speed, ".2f"),
-                f"{bar[0]}, {bar[1]}" if bar else "",
-                _spread(found["peak_mib"], ",.0f"),
-                "" if side == "ours" else f"{result['loss_difference'][side]:.0e}",
+                *(compared if side != "ours" else ("", "", compared[2], "", "")),
             )
         console.print(table)
-        for side in result["sides"]:
-            memory = statistics.median(ratios(result, side, "peak_mib"))
-            if side != "ours":
-                console.print(f"peak memory above the imports: {memory:.2f} of {side}'s", highlight=False)
-            if (kind, side) == ("single", "trl") and memory > MEMORY_BAR:
-                missed.append(f"{kind}: {memory:.2f} of TRL's memory, bar {MEMORY_BAR}")
     for sentence in missed:
-        console.print(f"[red]missed[/red] {sentence}", highlight=False)
+        console.print(f"[red]missed[/red] {sentence}")
     plot(results, record, out / "training_speed.png")
-    console.print(f"figures  {out / 'results.json'}\nplot     {out / 'training_speed.png'}", highlight=False)
+    console.print(f"figures  {out / 'results.json'}\nplot     {out / 'training_speed.png'}")
     return missed
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} [{min(values):{form}} to {max(values):{form}}]"
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def plot(results: dict[str, Any], record: dict[str, Any], target: Path) -> None:

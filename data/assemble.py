@@ -2,10 +2,12 @@
 
     <out>/<licence class>/alignment/train-00000-of-00002.parquet      (q', d): a fixed request and the description
     <out>/<licence class>/instruction/train-00000-of-00002.parquet    (q, a): the drawn scenario's question and answer
+    <out>/<licence class>/human/train-00000-of-00002.parquet          what people wrote, of several sources' rows only
     <out>/<licence class>/PubMedVision_Alignment_VQA.json, PubMedVision_InstructionTuning_VQA.json, images_0.zip, ...
 
-Both hold the same rows in PubMedVision's own columns (plus, in Parquet, where each row comes from), so a recipe reads
-either with `adapter: pubmedvision`. Native captions make no questions, hence no instruction rows.
+All hold PubMedVision's own columns (plus, in Parquet, where each row comes from), so a recipe reads any with
+`adapter: pubmedvision`. Native captions make no questions, hence no instruction rows. A row written in the light of
+evidence is of the most restricted class of its own licence and the evidence's.
 """
 
 from __future__ import annotations
@@ -38,14 +40,19 @@ from huatuo_vision.schema import UserError, escape_placeholder
 STAGE, PREVIOUS = "assemble", "reformat"
 
 LicenceClass = Literal["commercial", "noncommercial", "restricted"]
-KINDS = ("alignment", "instruction")
-JSON_FILES = {"alignment": "PubMedVision_Alignment_VQA.json", "instruction": "PubMedVision_InstructionTuning_VQA.json"}
-ID_PREFIXES = {"alignment": "Alignment_VQA", "instruction": "Instruction-Tuning_VQA"}
+KINDS = ("alignment", "instruction", "human")
+JSON_FILES = {
+    "alignment": "PubMedVision_Alignment_VQA.json",
+    "instruction": "PubMedVision_InstructionTuning_VQA.json",
+    "human": "Human_VQA.json",
+}
+ID_PREFIXES = {"alignment": "Alignment_VQA", "instruction": "Instruction-Tuning_VQA", "human": "Human_VQA"}
 PARTS = ".parts"
 UNKNOWN = ""  # a label that nobody gave, as PubMedVision's readers expect it: text, and false
 
 _PROVENANCE = (
-    "pair", "article", "title", "figure", "licence", "source", "method", "scenario", "prompt_version", "model", "state",
+    "pair", "collection", "article", "title", "figure", "licence", "source", "method", "scenario", "prompt_version",
+    "model", "state",
 )  # fmt: skip
 FEATURES = Features(
     {
@@ -55,11 +62,14 @@ FEATURES = Features(
         "modality": Value("string"),
         "body_part": Value("string"),
         **{name: Value("string") for name in _PROVENANCE},
+        "evidence": List(Value("string")),
     }
 )
 
 _COMMERCIAL = ("CC0", "Public-Domain", "CC-BY", "CC-BY-SA")
 _NONCOMMERCIAL = ("CC-BY-NC", "CC-BY-NC-SA")
+_CLASSES: tuple[LicenceClass, ...] = ("commercial", "noncommercial", "restricted")
+_DIAGNOSIS_REQUEST = "What is the diagnosis, and why?"
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "TIFF": "tif", "GIF": "gif", "WEBP": "webp", "BMP": "bmp"}
 
 # What a page of the dataset viewer or a shuffled read fetches at once.
@@ -71,6 +81,11 @@ def licence_class(licence: str | None) -> LicenceClass:
     """commercial: CC0, CC BY, CC BY-SA. noncommercial: CC BY-NC, CC BY-NC-SA. restricted: all else, and unknown."""
     name = family(licence_name(licence or "") or "")
     return "commercial" if name in _COMMERCIAL else "noncommercial" if name in _NONCOMMERCIAL else "restricted"
+
+
+def row_class(pair: Pair) -> LicenceClass:
+    """The most restricted of the row's own licence and those of what it was written with."""
+    return max((licence_class(licence) for licence in (pair.licence, *pair.evidence_licences)), key=_CLASSES.index)
 
 
 def assemble_pass(run: RunFolder, settings: Assemble, tasks: int) -> Pass:
@@ -114,21 +129,44 @@ class WriteParts(PipelineStep):
 def dataset_rows(pair: Pair, images: Sequence[bytes], number: int) -> dict[str, dict[str, Any]]:
     """kind -> the row of pair `number` (from 1, over the whole data set)."""
     names = [f"images/pmc_{number}_{k}.{_extension(image)}" for k, image in enumerate(images)]
-    turns = {"alignment": (caption_request(pair.id, len(images)), pair.description)}
+    turns = {"alignment": [(caption_request(pair.id, len(images)), pair.description)]}
     if pair.query is not None:
-        turns["instruction"] = (escape_placeholder(pair.query), pair.answer)
+        turns["instruction"] = [(escape_placeholder(pair.query), pair.answer)]
+    if pair.collection and pair.annotated and (human := human_turns(pair, len(images))):
+        turns["human"] = human
     return {
         kind: {
             "id": f"{ID_PREFIXES[kind]}_{number}",
             "image": [{"bytes": image, "path": name} for image, name in zip(images, names, strict=True)],
-            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+            "conversations": [
+                {"from": speaker, "value": text}
+                for question, answer in asked
+                for speaker, text in (("human", question), ("gpt", answer))
+            ],
             "modality": pair.modality or UNKNOWN,
             "body_part": pair.body_part or UNKNOWN,
             "pair": pair.id,
             **{name: getattr(pair, name) for name in _PROVENANCE if name != "pair"},
+            "evidence": list(pair.evidence) if kind != "human" else [],
+            **({"method": "human", "model": None, "prompt_version": None, "scenario": None} if kind == "human" else {}),
         }
-        for kind, (question, answer) in turns.items()
+        for kind, asked in turns.items()
     }
+
+
+def human_turns(pair: Pair, n_images: int) -> list[tuple[str, str]]:
+    """What people wrote, word for word: of the pictures given the history, then the discussion, where there is one."""
+
+    def texts(*sections: str) -> str:
+        found = (text for text, section in zip(pair.context, pair.sections, strict=True) if section in sections)
+        return "\n".join(found)
+
+    request = caption_request(pair.id, n_images)
+    if history := texts("history"):
+        request = f"History: {escape_placeholder(history)}\n{request}"
+    told = "\n".join(filter(None, (pair.caption, texts("", "findings"))))
+    turns = [(request, told), (_DIAGNOSIS_REQUEST, texts("discussion"))]
+    return [(question, answer) for question, answer in turns if answer]
 
 
 def write_part(
@@ -150,7 +188,7 @@ def write_part(
     writers: dict[tuple[str, str], _Shards] = {}
     try:
         for number, pair in enumerate(pairs, first_number):
-            where = licence_class(pair.licence)
+            where = row_class(pair)
             for kind, row in dataset_rows(pair, read_images(pair), number).items():
                 if (where, kind) not in writers:
                     writers[where, kind] = _Shards(out / PARTS / where / kind, f"{task:05d}", shard_bytes)
@@ -259,7 +297,7 @@ def _write_pubmedvision_files(folder: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:
             separator = "[\n"
             for row in (row for path in files for row in _rows(path)):
-                if kind == "alignment":  # both kinds show the same pictures
+                if kind == "alignment":  # all kinds show its pictures
                     for image in row["image"]:
                         pictures.add(image["path"], image["bytes"])
                 kept = {name: row[name] for name in ("id", "image", "conversations", "modality", "body_part")}

@@ -27,11 +27,11 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
-from data.config import Reformat, load_config
+from data.config import BuildConfig, Reformat, load_config
 from data.mllm.ask import base_url, kept_reply
 from data.mllm.cache import AnswerCache
 from data.mllm.requests import Rejected, request_body, request_key
-from data.reformat import PREVIOUS, answers_folder, figure_of
+from data.reformat import PREVIOUS, FiguresOfRank, answers_folder
 from data.tables import RunFolder, whole_file, write_json
 from huatuo_vision.cli import run_command
 from huatuo_vision.openai_endpoint import NotAnAnswer, connect, explained, host_of, one_line, read_reply
@@ -85,7 +85,9 @@ class Batches:
         return {name: file for name, file in self.files.items() if not file.collected}
 
 
-def write(run: RunFolder, settings: Reformat, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, int]:
+def write(
+    run: RunFolder, settings: Reformat, *, max_bytes: int = MAX_FILE_BYTES, evidence: bool = False
+) -> dict[str, int]:
     """Write the requests that have no answer; name of each new file -> requests. Raises UserError."""
     batches = Batches(run)
     if batches.open:
@@ -97,7 +99,7 @@ def write(run: RunFolder, settings: Reformat, *, max_bytes: int = MAX_FILE_BYTES
     made: dict[str, int] = {}
     with AnswerCache(answers_folder(run)) as cache:
         writers = {attempt: _Files(batches, attempt, max_bytes, made) for attempt in (1, 2)}
-        for key, attempt, body in _missing(run, settings, cache):
+        for key, attempt, body in _missing(run, settings, cache, evidence):
             line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
             writers[attempt].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         for writer in writers.values():
@@ -106,13 +108,15 @@ def write(run: RunFolder, settings: Reformat, *, max_bytes: int = MAX_FILE_BYTES
     return made
 
 
-def _missing(run: RunFolder, settings: Reformat, cache: AnswerCache) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _missing(
+    run: RunFolder, settings: Reformat, cache: AnswerCache, evidence: bool
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(key, attempt, body) of every request that has no answer, once each."""
     seen: set[str] = set()
     for rank in range(run.tasks(PREVIOUS)):
-        with run.images(rank) as images:
+        with FiguresOfRank(run, rank, evidence=evidence) as figures:
             for pair in run.pairs(PREVIOUS, rank):
-                figure = figure_of(pair)
+                figure = figures.of(pair)
                 key = request_key(figure, settings)
                 if key in seen:
                     continue
@@ -123,8 +127,8 @@ def _missing(run: RunFolder, settings: Reformat, cache: AnswerCache) -> Iterator
                     if kept[1].state != "invalid" or 2 in kept:
                         continue
                     rejected = Rejected(kept[1].text, kept[1].problem or "")
-                pictures = [images.get(image_id) for image_id in figure.image_sha256]
-                yield key, 1 if rejected is None else 2, request_body(figure, pictures, settings, rejected)
+                body = request_body(figure, figures.images(figure), settings, rejected)
+                yield key, 1 if rejected is None else 2, body
 
 
 class _Files:
@@ -313,7 +317,8 @@ def main() -> None:
     parser.add_argument("--wait", type=float, metavar="SECONDS", help="collect: ask so often until all have ended")
     parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="collect: files of vllm run-batch")
     arguments = parser.parse_args()
-    settings = load_config(arguments.config).reformat
+    config: BuildConfig = load_config(arguments.config)
+    settings = config.reformat
     if settings.method == "native_caption":
         raise UserError("reformat.method native_caption asks no model, so there is nothing to send in a batch")
     run, console = RunFolder(arguments.out), Console()
@@ -322,7 +327,7 @@ def main() -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     if arguments.command == "write":
-        made = write(run, settings, max_bytes=arguments.max_mb * 10**6)
+        made = write(run, settings, max_bytes=arguments.max_mb * 10**6, evidence=config.retrieve is not None)
         say(f"{sum(made.values()):,} requests in {len(made)} files in {run.path / 'batch'}")
     elif arguments.command == "submit":
         started = _run(submit(run, settings), settings)

@@ -31,7 +31,7 @@ from data.tables import RunFolder, write_json
 from huatuo_vision.cli import run_command
 from huatuo_vision.schema import UserError
 
-STEPS = ("ingest", "text-filter", "image-filter", "dedup", "reformat", "assemble")
+STEPS = ("ingest", "text-filter", "image-filter", "dedup", "balance", "retrieve", "reformat", "assemble")
 BUILD_FILE = "build.json"
 FUNNEL_PICTURE = "funnel.png"
 _PACKAGES = ("datatrove", "lxml", "pillow", "pydicom", "imagehash", "faiss-cpu", "scikit-learn", "pyarrow")
@@ -65,10 +65,18 @@ class Build:
                 from data.dedup.stage import dedup_passes
 
                 return dedup_passes(run, config.dedup, tasks)
+            case "balance":
+                from data.balance import balance_passes
+
+                return balance_passes(run, config.balance, tasks, counted=bool(config.ingest.sources))
+            case "retrieve":
+                from data.retrieve import retrieve_passes
+
+                return retrieve_passes(run, config.retrieve, config.dedup.guard, tasks)
             case "reformat":
                 from data.reformat import reformat_pass
 
-                return [reformat_pass(run, config.reformat, tasks)]
+                return [reformat_pass(run, config.reformat, tasks, evidence=config.retrieve is not None)]
             case "assemble":
                 from data.assemble import assemble_pass
 
@@ -120,7 +128,7 @@ def build(build: Build, steps: Sequence[str], executor: str, console: Console) -
         from data.card import write_card
 
         console.print(f"the data set and its card: {write_card(run, build.config)}", soft_wrap=True)
-    if after is not None and not run.is_complete(planned[steps[-1]][-1].name):
+    if after is not None and not all(run.is_complete(work.name) for work in planned[steps[-1]]):
         console.print(f"submitted to {executor}; run the same command again when its jobs have ended, for the funnel")
 
 
@@ -229,7 +237,7 @@ def main() -> None:
     if arguments.estimate:
         from data.reformat import estimate_run
 
-        estimate_run(work.run, work.config.reformat, console)
+        estimate_run(work.run, work.config.reformat, console, evidence=work.config.retrieve is not None)
         return
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
-"""The data card: README.md, two pictures and build.json beside the data set, all from what the run wrote down."""
+"""The data card: README.md, its pictures and build.json beside the data set, all from what the run wrote down."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,16 +11,19 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData
 from markupsafe import Markup
 
+from data import balance, retrieve
 from data.assemble import KINDS, rows_by_class
 from data.config import BuildConfig
+from data.dedup.stage import contamination
 from data.funnel import StageCounts, draw_funnel, funnel
 from data.mllm.cache import AnswerCache, Usage, spent
+from data.mllm.prompts import GROUNDED
 from data.reformat import answers_folder
 from data.tables import RunFolder, write_json
 from huatuo_vision.hub import render_markdown
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md.jinja")
-_COUNTED = ("modality", "body_part", "licence", "method", "model", "prompt_version", "source")
+_COUNTED = ("modality", "body_part", "licence", "method", "model", "prompt_version", "source", "collection")
 # Settings that say nothing to a reader of the card: where the source lay, and tables of their own.
 _UNTOLD = ("columns.", "shard_size", "validation.at_thresholds")
 # Licences that the Hub has a name for, where all rows have the same.
@@ -40,6 +42,9 @@ def write_card(run: RunFolder, config: BuildConfig) -> Path:
     usage = _usage(run) if config.reformat.method != "native_caption" else None
     draw_funnel(stages, out / "funnel.png")
     _draw_labels(counted, out / "labels.png")
+    balanced = balance.report(run) if config.ingest.sources else None
+    if balanced is not None:
+        _draw_balance(balanced["modality"], out / "balance.png")
     configs = [
         {
             "config_name": f"{kind}-{where}",
@@ -66,7 +71,13 @@ def write_card(run: RunFolder, config: BuildConfig) -> Path:
         modalities=counted["modality"].most_common(),
         body_parts=counted["body_part"].most_common(),
         licences=licences.most_common(),
-        contamination=_contamination(run),
+        contamination=contamination(run),
+        sources=config.ingest.sources,
+        collections=counted["collection"],
+        balance=balanced,
+        published=balance.PUBLISHED,
+        evidence=_evidence(run, out) if config.retrieve is not None else None,
+        guideline_counts=retrieve.report(run) if config.retrieve is not None else None,
         counted=_listed,
         pmc=any("PMC" in article for article in _first_articles(out)),
         fingerprint=state["fingerprint"],
@@ -101,7 +112,12 @@ def _front_matter(
         source_datasets=["original"],
         pretty_name=config.name,
         configs=[{key: entry[key] for key in ("config_name", "data_files")} for entry in configs],
-        tags=["medical", "pubmedvision", *([] if config.reformat.method == "native_caption" else ["synthetic"])],
+        tags=[
+            "medical",
+            "pubmedvision",
+            *(["semihvision-style"] if config.ingest.sources else []),
+            *([] if config.reformat.method == "native_caption" else ["synthetic"]),
+        ],
     ).to_yaml()
 
 
@@ -154,14 +170,50 @@ def _cost(config: BuildConfig, usage: dict[bool, Usage] | None) -> str | None:
     return None if prices is None or usage is None else f"{spent(usage, prices):,.2f} {prices.currency}"
 
 
-def _contamination(run: RunFolder) -> dict[str, Any]:
-    path = run.path / "decisions" / "contamination.json"
-    return json.loads(path.read_text(encoding="utf-8"))
+def _evidence(run: RunFolder, out: Path) -> dict[str, Any]:
+    """What was found, and how many rows were written with how much of it."""
+    pieces: Counter[int] = Counter()
+    for path in sorted(out.glob("*/alignment/*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=10_000, columns=["method", "evidence"]):
+            rows = zip(*batch.to_pydict().values(), strict=True)
+            pieces.update(len(evidence) for method, evidence in rows if method == GROUNDED)
+    return {"found": retrieve.scores(run), "pieces": sorted(pieces.items())}
 
 
 def _listed(counts: Mapping[str, Any]) -> str:
     ordered = sorted(counts.items(), key=lambda item: (-item[1] if isinstance(item[1], int) else 0, item[0]))
     return ", ".join(f"{name} {number}" for name, number in ordered) or "none"
+
+
+def _draw_balance(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
+    """Shares of modalities before and after: the paper's Figure 2, and this data set's. PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    labels = sorted(counts["before"], key=lambda label: -counts["before"][label])
+    ours = [
+        (label, *(100 * of.get(label, 0) / max(sum(of.values()), 1) for of in (counts["before"], counts["after"])))
+        for label in labels
+    ]
+    paper = [(name, before, after) for name, before, after, _ in balance.PUBLISHED]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.45 * max(len(ours), len(paper)) + 1.4), layout="constrained")
+    for side, (title, rows) in zip(axes, (("paper, Figure 2", paper), ("this data set", ours)), strict=True):
+        for place, (shift, colour, word) in enumerate(((-0.2, "#b8c4d0", "before"), (0.2, "#2a6ca8", "after"))):
+            drawn = [(n + shift, row[1 + place]) for n, row in enumerate(rows) if row[1 + place] is not None]
+            side.barh(*zip(*drawn, strict=True), color=colour, height=0.38, label=word)
+            for at, share in drawn:
+                side.text(share, at, f" {share:.1f}", va="center", fontsize=8)
+        side.set_yticks(range(len(rows)), [row[0] for row in rows])
+        side.invert_yaxis()
+        side.set_xlim(0, max(share or 0 for row in rows for share in row[1:]) * 1.15 or 1)
+        side.set_xlabel("% of images" if rows is paper else "% of rows")
+        side.set_title(title, loc="left", fontsize=11)
+        side.spines[["top", "right"]].set_visible(False)
+    axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def _draw_labels(counted: Mapping[str, Counter], path: Path) -> None:

@@ -21,6 +21,17 @@ from huatuo_vision.schema import UserError
 # may use such figures names their licences in the configuration.
 OPEN_LICENCES = ("CC0", "CC-BY", "CC-BY-SA")
 
+# Labels that consumers of PubMedVision know; the released rows hold strays besides.
+MODALITIES = (
+    "Computed Tomography", "Magnetic Resonance Imaging", "X-Ray", "Ultrasound", "Nuclear Imaging", "Angiography",
+    "Microscopy Images", "Endoscopy", "Fundus Photography", "Optical Coherence Tomography", "Dermoscopy",
+    "Infrared Reflectance Imaging", "Digital Photography", "Others",
+)  # fmt: skip
+BODY_PARTS = (
+    "Head", "Brain", "Eye", "Oral Cavity", "Neck", "Chest", "Breast", "Abdomen", "Gastrointestinal Tract",
+    "Pelvic Cavity", "Spine", "Upper Limb", "Lower Limb", "Foot", "Skin", "Cell", "Others",
+)  # fmt: skip
+
 
 def refuse(message: str) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{message}", {"message": message})
@@ -36,13 +47,20 @@ class Columns(Strict):
     article: str | None = Field("article", description="what the rows of one article, study or patient have in common")
     licence: str | None = "licence"
     source: str | None = "source"
+    modality: str | None = Field("modality", description="one of the labels that answers are asked for")
+    box: str | None = Field("box", description="x0, y0, x1, y1 in pixels of the stored picture; several in a row")
 
 
-class Ingest(Strict):
-    """Reading the source into images and pairs."""
+Kind = Literal["articles", "pairs", "cases", "volumes"]
 
-    kind: Literal["articles", "pairs"] = Field(
-        "articles", description="articles: JATS with figure files; pairs: JSON Lines or Parquet of image and caption"
+
+class Source(Strict):
+    """Reading one source into images and pairs."""
+
+    kind: Kind = Field(
+        "articles",
+        description="articles: JATS with figure files; pairs: JSON Lines, CSV or Parquet of image and caption; cases: "
+        "a folder with case.json for each; volumes: NIfTI files and folders of DICOM series, of which slices are taken",
     )
     licences: tuple[str, ...] = Field(
         OPEN_LICENCES, description="articles: what may be used, without version numbers; all others are dropped"
@@ -54,15 +72,23 @@ class Ingest(Strict):
     )
     storage_options: dict[str, Any] = Field({}, description="of fsspec, for a source such as s3://; {anon: true}")
     columns: Columns = Columns()
-    licence: str | None = Field(None, description="pairs: the licence of rows that name none; without it they drop")
-    source: str | None = Field(None, description="pairs: what the rows' source is called, where they don't say")
-    window: tuple[float, float] | None = Field(
-        None, description="DICOM: centre and width, in place of the file's own window"
+    licence: str | None = Field(None, description="the licence of rows that name none; without it they drop")
+    source: str | None = Field(None, description="what the rows' source is called, where they don't say")
+    modality: str | None = Field(None, description="of rows that name none, where all of the source have the same")
+    annotated: bool = Field(
+        True, description="whether people described the pictures; else tags, boxes and dates are all there is"
     )
-    shard_size: PositiveInt = Field(200, description="articles, or rows of a pairs file, that one task reads")
+    window: tuple[float, float] | None = Field(
+        None, description="DICOM, NIfTI and 16-bit pictures: centre and width, in place of the file's own window"
+    )
+    intercept: float = Field(
+        0.0, description="added to 16-bit pictures' stored values before the window (-32768 for DeepLesion's)"
+    )
+    slices: PositiveInt = Field(10, description="volumes: so many of each, evenly spaced, or of those with a lesion")
+    shard_size: PositiveInt = Field(200, description="articles, cases, volumes, or rows of a file, that one task reads")
 
     @model_validator(mode="after")
-    def _check(self) -> Ingest:
+    def _check_source(self) -> Source:
         for key in self.storage_options:
             if re.search(r"key|secret|token|password", key, re.IGNORECASE):
                 raise refuse(
@@ -70,18 +96,51 @@ class Ingest(Strict):
                 )
         if self.kind == "articles" and (self.licence or self.source or self.window):
             raise refuse("licence, source and window belong to kind: pairs; articles state their own")
-        if self.kind == "pairs" and self.articles is not None:
-            raise refuse("articles belongs to kind: articles; give the folder of the pairs as --source")
+        if self.kind != "articles" and self.articles is not None:
+            raise refuse(f"articles belongs to kind: articles; give the folder of the {self.kind} as --source")
+        if self.modality is not None and self.modality not in MODALITIES:
+            raise refuse(f"modality is {self.modality!r}; expected one of {', '.join(MODALITIES)}")
         return self
 
 
+class Part(Source):
+    """One of several sources."""
+
+    folder: str = Field(description="below --source; or a file in it")
+
+
+class Ingest(Source):
+    """What --source holds: one source, or a folder of several."""
+
+    sources: dict[str, Part] = Field(
+        {}, description="by the name that their rows keep; --source is then the folder that their folders stand in"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Ingest:
+        if self.sources and (alone := sorted(self.model_fields_set - {"sources", "storage_options"})):
+            raise refuse(f"{alone[0]} stands beside sources; it belongs to one of them: sources.<name>.{alone[0]}")
+        for name in self.sources:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._]*", name):
+                raise refuse(f"sources.{name}: a name is of letters, digits, '.' and '_', since rows are called by it")
+        return self
+
+    def part(self, name: str | None) -> Source:
+        """The settings of one of several sources; without a name, of the only one."""
+        return self if name is None else self.sources[name]
+
+
 class TextFilter(Strict):
-    """At least `min_terms` distinct terms of a medical vocabulary in caption and context."""
+    """At least `min_terms` distinct terms of a medical vocabulary in caption and context.
+
+    Rows that nobody described are let through: tags are no text to judge by.
+    """
 
     vocabulary: str | None = Field(
         None, description="a term a line, as python -m data.filters.vocabulary writes; None: the short list of our own"
     )
     min_terms: int = Field(5, ge=0)
+    min_words: int = Field(0, ge=0, description="of the caption (SemiHVision's captions of PMC have 20 at least)")
 
 
 class ImageEncoder(Strict):
@@ -131,6 +190,11 @@ class Guard(Strict):
     benchmarks: dict[str, str | None] = Field(
         {}, description="names as eval.py knows them, each with a local copy, or null for the Hub"
     )
+    cases: str | None = Field(
+        None,
+        description="a file of held-out cases, one a line, as the rows' article calls them (<source>-<case>, where "
+        "there are several sources)",
+    )
     on_overlap: Literal["drop", "flag"] = "drop"
     question_words: PositiveInt = Field(8, description="a question overlaps by so many words in a row")
 
@@ -151,6 +215,65 @@ class Dedup(Strict):
     guard: Guard = Guard()
 
 
+class Balance(Strict):
+    """How many rows of a source, and of a modality, go on. Of what is too many, people's descriptions stay first."""
+
+    cap: PositiveInt | None = Field(None, description="rows of one source at most (Cambrian-1's t); None: all")
+    modalities: dict[str, float] = Field(
+        {}, description="modality -> its share of the rows that go on; what is not named drops; empty: as they come"
+    )
+    rows: PositiveInt | None = Field(
+        None, description="in all; modalities with fewer fall short. None: as many as fill every share"
+    )
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Balance:
+        for name, share in self.modalities.items():
+            if name not in MODALITIES:
+                raise refuse(f"modalities.{name}: no such modality; expected some of {', '.join(MODALITIES)}")
+            if not 0 < share <= 1:
+                raise refuse(f"modalities.{name} is {share}; expected a share above 0 and at most 1")
+        if self.modalities and abs(sum(self.modalities.values()) - 1) > 1e-3:
+            raise refuse(f"modalities add up to {sum(self.modalities.values()):.4f}; shares add up to 1")
+        if self.rows is not None and not self.modalities:
+            raise refuse("rows goes with modalities; a source's own limit is cap")
+        return self
+
+
+class Guidelines(Strict):
+    """Texts that say what findings mean and call for, in the layout of OpenGuidelines."""
+
+    path: str = Field(description="JSON Lines (or .jsonl.gz) of id, source, title, clean_text")
+    licence: str | None = Field(
+        None, description="what the texts allow; rows written in their light are as restricted. None: restricted"
+    )
+    chunk_words: PositiveInt = Field(50, description="words of a chunk: a CLIP model reads 77 tokens and no more")
+
+
+class TopK(Strict):
+    guidelines: int = Field(2, ge=0)
+    cases: int = Field(1, ge=0)
+
+
+class Retrieve(Strict):
+    """Evidence for the rows that nobody described: guideline chunks, and cases that people did describe."""
+
+    encoder: ImageEncoder = Field(
+        description="clip: both towers of one model; small: looks and words of our own, for tests and demonstrations"
+    )
+    guidelines: Guidelines | None = None
+    top_k: TopK = TopK()
+    image_weight: float = Field(0.5, ge=0, le=1, description="of the image's vector in the fused one; the rest: text")
+    case_images: PositiveInt = Field(2, description="pictures of a case that are shown")
+
+    @model_validator(mode="after")
+    def _check(self) -> Retrieve:
+        if self.guidelines is None and self.top_k.guidelines and "top_k" in self.model_fields_set:
+            raise refuse("top_k.guidelines asks for guidelines, and guidelines.path names none; set it, or 0")
+        return self
+
+
 class Prices(Strict):
     """What an endpoint charges for a million tokens. None is built in: prices go stale."""
 
@@ -164,9 +287,10 @@ class Prices(Strict):
 class Reformat(Strict):
     """Descriptions and questions by a multimodal language model (MLLM) behind an OpenAI-compatible endpoint."""
 
-    method: Literal["native_caption", "llm_reformatted", "mllm_distill", "mllm_reformatted"] = Field(
+    method: Literal["native_caption", "llm_reformatted", "mllm_distill", "mllm_reformatted", "mllm_grounded"] = Field(
         "native_caption",
-        description="the caption as it is; from text alone; from images alone; from both (the paper's)",
+        description="the caption as it is; from text alone; from images alone; from both (the paper's); from both for "
+        "what people described, and in the light of retrieved evidence for the rest",
     )
     model: str | None = Field(None, description="as the endpoint calls it; every method but native_caption needs one")
     base_url: str | None = Field(None, description="of the endpoint; None: OPENAI_BASE_URL")
@@ -231,10 +355,21 @@ class BuildConfig(Strict):
     text_filter: TextFilter = TextFilter()
     image_filter: ImageFilter = ImageFilter()
     dedup: Dedup = Dedup()
+    balance: Balance = Balance()
+    retrieve: Retrieve | None = Field(None, description="None: no row is written in the light of others")
     reformat: Reformat = Reformat()
     assemble: Assemble = Assemble()
     executor: Executor = Executor()
     notice: str | None = Field(None, description="stands at the top of the data card, where something is not real")
+
+    @model_validator(mode="after")
+    def _check(self) -> BuildConfig:
+        if self.retrieve is not None and self.reformat.method != "mllm_grounded":
+            raise refuse(
+                f"retrieve finds evidence that reformat.method {self.reformat.method} never reads; set it to "
+                "mllm_grounded, or remove retrieve"
+            )
+        return self
 
 
 def load_config(path: Path) -> BuildConfig:

@@ -12,7 +12,7 @@ from rich.table import Table
 from data.tables import Counts, RunFolder, write_json
 
 # Stages that write rows, in their order.
-ROW_STAGES = ("ingest", "text-filter", "image-filter", "dedup", "reformat")
+ROW_STAGES = ("ingest", "text-filter", "image-filter", "dedup", "balance", "reformat")
 FUNNEL_FILE = "funnel.json"
 
 

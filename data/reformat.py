@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,33 +22,65 @@ from data.config import Reformat
 from data.mllm.ask import Asked, Asker, Stopped
 from data.mllm.cache import AnswerCache
 from data.mllm.estimate import estimate
-from data.mllm.prompts import prompt_version
-from data.mllm.requests import Figure, scenario
+from data.mllm.prompts import GROUNDED, prompt_version
+from data.mllm.requests import Evidence, Figure, method_of, scenario
+from data.retrieve import evidence_images, evidence_of
 from data.steps import Pass, Rows, row_pass
 from data.tables import Dropped, Pair, RunFolder
 from huatuo_vision.schema import UserError
 
-STAGE, PREVIOUS = "reformat", "dedup"
+STAGE, PREVIOUS = "reformat", "balance"
 ESTIMATE_ROWS = 50
 # Rows are passed on in their own order: while one is slow, so many requests' worth of others may be ahead of it.
 _AHEAD = 4
 
 
-def reformat_pass(run: RunFolder, settings: Reformat, tasks: int) -> Pass:
+def reformat_pass(run: RunFolder, settings: Reformat, tasks: int, *, evidence: bool = False) -> Pass:
+    """`evidence` says whether the step retrieve has found some."""
     version = None if settings.method == "native_caption" else prompt_version(settings.method)
     decides = {**settings.decides(), "prompt_version": version}
-    return row_pass(run, STAGE, PREVIOUS, tasks, (Describe(run, settings),), decides)
+    if settings.method == GROUNDED:
+        decides |= {"evidence": evidence, "prompt_version_annotated": prompt_version("mllm_reformatted")}
+    return row_pass(run, STAGE, PREVIOUS, tasks, (Describe(run, settings, evidence),), decides)
 
 
 def answers_folder(run: RunFolder) -> Path:
     return run.path / "answers"
 
 
-def figure_of(pair: Pair) -> Figure:
-    return Figure(pair.id, pair.image_ids, pair.caption, pair.context)
+def figure_of(pair: Pair, evidence: tuple[Evidence, ...] = ()) -> Figure:
+    return Figure(pair.id, pair.image_ids, pair.caption, pair.context, pair.annotated, pair.modality, evidence)
 
 
-def estimate_run(run: RunFolder, settings: Reformat, console: Console) -> None:
+class FiguresOfRank:
+    """A rank's rows as what requests are made from, and their pictures. A context manager."""
+
+    def __init__(self, run: RunFolder, rank: int, *, evidence: bool):
+        self._evidence = evidence_of(run, rank) if evidence else {}
+        self._stack = ExitStack()
+        self._images = self._stack.enter_context(run.images(rank))
+        self._of_cases = self._stack.enter_context(evidence_images(run, rank)) if evidence else None
+        self._one_at_a_time = threading.Lock()  # pictures are read in worker threads
+
+    def __enter__(self) -> FiguresOfRank:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def of(self, pair: Pair) -> Figure:
+        return figure_of(pair, self._evidence.get(pair.id, ()))
+
+    def images(self, figure: Figure) -> list[bytes]:
+        """Of `figure.shown()`, encoded."""
+        own = len(figure.image_sha256)
+        shown = figure.shown()
+        with self._one_at_a_time:
+            of_cases = [self._of_cases.get(image_id) for image_id in shown[:-own]]
+            return of_cases + [self._images.get(image_id) for image_id in shown[-own:]]
+
+
+def estimate_run(run: RunFolder, settings: Reformat, console: Console, *, evidence: bool = False) -> None:
     """Ask about rows from all over the stage's input, and say what all of them would take. Raises UserError."""
     if settings.method == "native_caption":
         raise UserError("reformat.method native_caption asks no model, so there is nothing to estimate")
@@ -63,11 +96,11 @@ def estimate_run(run: RunFolder, settings: Reformat, console: Console) -> None:
         first += count
         if not here:
             continue
-        with run.images(rank) as images:
+        with FiguresOfRank(run, rank, evidence=evidence) as figures:
             for place, pair in enumerate(run.pairs(PREVIOUS, rank)):
                 if place in here:
-                    sample.append(figure_of(pair))
-                    pictures[pair.id] = [images.get(image_id) for image_id in pair.image_ids]
+                    sample.append(figures.of(pair))
+                    pictures[pair.id] = figures.images(sample[-1])
     with AnswerCache(answers_folder(run), "estimate") as cache, console.status(f"asking about {len(sample)} rows"):
         made = estimate(total, sample, settings, cache, lambda figure: pictures[figure.id])
     usage, factor = made.usage, made.factor
@@ -92,9 +125,9 @@ class Describe(PipelineStep):
 
     type, name = "mllm", "describe"
 
-    def __init__(self, run: RunFolder, settings: Reformat):
+    def __init__(self, run: RunFolder, settings: Reformat, evidence: bool = False):
         super().__init__()
-        self.run_folder, self.settings = run, settings
+        self.run_folder, self.settings, self.evidence = run, settings, evidence
 
     def run(self, data: Rows, rank: int = 0, world_size: int = 1) -> Rows:
         if self.settings.method == "native_caption":
@@ -102,18 +135,12 @@ class Describe(PipelineStep):
             return
         with (
             AnswerCache(answers_folder(self.run_folder), f"{rank:05d}") as cache,
-            self.run_folder.images(rank) as images,
+            FiguresOfRank(self.run_folder, rank, evidence=self.evidence) as figures,
         ):
-            one_at_a_time = threading.Lock()  # pictures are read in worker threads
-
-            def read_images(figure: Figure) -> list[bytes]:
-                with one_at_a_time:
-                    return [images.get(image_id) for image_id in figure.image_sha256]
-
-            yield from _in_order(data, Asker(self.settings, cache, read_images), self.settings)
+            yield from _in_order(data, figures, Asker(self.settings, cache, figures.images), self.settings)
 
 
-def _in_order(rows: Rows, asker: Asker, settings: Reformat) -> Iterator[Pair | Dropped]:
+def _in_order(rows: Rows, figures: FiguresOfRank, asker: Asker, settings: Reformat) -> Iterator[Pair | Dropped]:
     """Ask about `concurrency` figures at once, and pass the rows on in their own order.
 
     The source is read only as fast as answers come, so nothing piles up. Raises Stopped after the requests in flight
@@ -122,11 +149,12 @@ def _in_order(rows: Rows, asker: Asker, settings: Reformat) -> Iterator[Pair | D
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         runner.run(asker.__aenter__())
-        waiting: deque[tuple[Pair | Dropped, asyncio.Task[Asked] | None]] = deque()
+        waiting: deque[tuple[Pair | Dropped, Figure | None, asyncio.Task[Asked] | None]] = deque()
         try:
             for row in rows:
-                task = loop.create_task(asker.ask(figure_of(row))) if isinstance(row, Pair) else None
-                waiting.append((row, task))
+                figure = figures.of(row) if isinstance(row, Pair) else None
+                task = loop.create_task(asker.ask(figure)) if figure is not None else None
+                waiting.append((row, figure, task))
                 if len(waiting) >= _AHEAD * settings.concurrency:
                     yield _finish(loop, *waiting.popleft(), settings)
             while waiting:
@@ -134,7 +162,7 @@ def _in_order(rows: Rows, asker: Asker, settings: Reformat) -> Iterator[Pair | D
             if asker.stopped is not None:
                 raise asker.stopped
         except Stopped:
-            open_tasks = [task for _, task in waiting if task is not None]
+            open_tasks = [task for _, _, task in waiting if task is not None]
             loop.run_until_complete(asyncio.gather(*open_tasks, return_exceptions=True))
             raise
         finally:
@@ -142,24 +170,33 @@ def _in_order(rows: Rows, asker: Asker, settings: Reformat) -> Iterator[Pair | D
 
 
 def _finish(
-    loop: asyncio.AbstractEventLoop, row: Pair | Dropped, task: asyncio.Task[Asked] | None, settings: Reformat
+    loop: asyncio.AbstractEventLoop,
+    row: Pair | Dropped,
+    figure: Figure | None,
+    task: asyncio.Task[Asked] | None,
+    settings: Reformat,
 ) -> Pair | Dropped:
     if task is None:
         return row
-    return _described(row, loop.run_until_complete(task), settings)
+    return _described(row, figure, loop.run_until_complete(task), settings)
 
 
-def _described(pair: Pair, asked: Asked, settings: Reformat) -> Pair | Dropped:
+def _described(pair: Pair, figure: Figure, asked: Asked, settings: Reformat) -> Pair | Dropped:
     if asked.answer is None:
         return Dropped(pair.id, asked.state, asked.problem or "")
+    method = method_of(figure, settings)
+    used: tuple[Evidence, ...] = figure.evidence if method == GROUNDED else ()
+    said = asked.answer.model_dump()
     return replace(
         pair,
-        method=settings.method,
-        scenario=scenario(figure_of(pair), settings).name,
-        prompt_version=prompt_version(settings.method),
+        method=method,
+        scenario=scenario(figure, settings).name,
+        prompt_version=prompt_version(method),
         model=asked.model or settings.model,
         state=asked.state,
-        **asked.answer.model_dump(),
+        evidence=tuple(f"{evidence.kind}:{evidence.id}" for evidence in used),
+        evidence_licences=tuple(sorted({evidence.licence for evidence in used})),
+        **said | {"modality": pair.modality or said["modality"]},
     )
 
 

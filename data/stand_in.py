@@ -1,4 +1,4 @@
-"""An endpoint that stands in for an MLLM in demonstrations: it looks at no picture and rewords the reference text.
+"""An endpoint that stands in for an MLLM in demonstrations: it looks at no picture and rewords the texts it is sent.
 
     python -m data.stand_in -- COMMAND ...
 
@@ -9,6 +9,7 @@ runs COMMAND with OPENAI_BASE_URL set to a server on this machine, and ends with
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -20,44 +21,22 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from data.mllm.prompts import BODY_PARTS, MODALITIES
+from data.filters.labels import body_part_of, modality_of
+from data.phantom.facts import LETTERS
+from data.phantom.records import render_multiple_choice
+from data.phantom_cases import FOLLOW_UPS, QUESTION, rule_in, stated
 
 MODEL = "stand-in-from-captions"
-
-# Words of a caption -> the labels that an MLLM would give.
-_MODALITY_WORDS = {
-    "radiograph": "X-Ray", "x-ray": "X-Ray", "computed tomography": "Computed Tomography",
-    "magnetic resonance": "Magnetic Resonance Imaging", "ultrasound": "Ultrasound", "microscop": "Microscopy Images",
-    "micrograph": "Microscopy Images", "histology": "Microscopy Images", "endoscop": "Endoscopy",
-    "fundus": "Fundus Photography", "photo": "Digital Photography",
-}  # fmt: skip
-_BODY_PART_WORDS = {
-    "hand": "Upper Limb", "knee": "Lower Limb", "kidney": "Abdomen", "heart": "Chest", "lung": "Chest",
-    "thyroid": "Neck", "retina": "Eye", "gland": "Cell", "cells": "Cell",
-    **{part.lower(): part for part in BODY_PARTS if part != "Others"},
-}  # fmt: skip
 
 
 def reply(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat completion for a request of the builder's."""
     content = body["messages"][0]["content"]
     prompt = content if isinstance(content, str) else "\n".join(p["text"] for p in content if p["type"] == "text")
-    found = re.search(r"<reference>\n(.*)\n</reference>", prompt, re.DOTALL)
-    caption, *mentions = found[1].split("\n\n") if found else ("An image that the stand-in cannot see.",)
-    context = re.sub(r"\s*\((?:Fig|Figs|Figure|Figures)\b[^)]*\)", "", " ".join(mentions))
-    low = f"{caption} {context}".lower()
-    modality = next((label for word, label in _MODALITY_WORDS.items() if word in low), "Others")
-    body_part = next((label for word, label in _BODY_PART_WORDS.items() if word in low), "Others")
-    assert modality in MODALITIES and body_part in BODY_PARTS
-    first = re.split(r"(?<=[.!?])\s", caption, maxsplit=1)[0]
-    answer = {
-        "description": f"{caption} {context}".strip(),
-        "query": "What does this image show?" if "You see a figure" in prompt else "What do these images show?",
-        "answer": first,
-        "modality": modality,
-        "body_part": body_part,
-    }
-    text = json.dumps(answer, ensure_ascii=False)
+    told = _in_light_of_evidence(prompt, content) if "<target>" in prompt else _reworded(prompt)
+    said = " ".join(told.values())
+    labels = {"modality": modality_of(said) or "Others", "body_part": body_part_of(said) or "Others"}
+    text = json.dumps(told | labels, ensure_ascii=False)
     usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(text.split())}
     return {
         "id": "stand-in",
@@ -67,6 +46,44 @@ def reply(body: Mapping[str, Any]) -> dict[str, Any]:
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
         "usage": usage | {"total_tokens": sum(usage.values())},
     }
+
+
+def _reworded(prompt: str) -> dict[str, str]:
+    found = re.search(r"<reference>\n(.*)\n</reference>", prompt, re.DOTALL)
+    caption, *mentions = found[1].split("\n\n") if found else ("An image that the stand-in cannot see.",)
+    context = re.sub(r"\s*\((?:Fig|Figs|Figure|Figures)\b[^)]*\)", "", " ".join(mentions))
+    return {
+        "description": f"{caption} {context}".strip(),
+        "query": "What does this image show?" if "You see a figure" in prompt else "What do these images show?",
+        "answer": _first_sentence(caption),
+    }
+
+
+def _in_light_of_evidence(prompt: str, content: object) -> dict[str, str]:
+    """The target's tags and, where they name a finding of data.phantom_cases, the follow-up that it calls for.
+
+    The follow-up is the guideline's where one that was sent rules on such a finding; else it is guessed, each as often
+    and another for every picture, as whoever does not know the guideline must. Tags without a finding are told with
+    the first sentence of the similar case, which is all that a stand-in without eyes can do.
+    """
+    tags = re.search(r"<target>\n(.*)\n</target>", prompt, re.DOTALL)[1].strip().split("\n\n")[0]
+    finding = stated(tags)
+    if finding is None:
+        case = re.search(r"<case>\n(.*?)\n</case>", prompt, re.DOTALL)
+        said = " ".join(filter(None, (tags, _first_sentence(case[1].strip()) if case else "")))
+        return {"description": said, "query": "What does this image show?", "answer": said}
+    rules = dict(filter(None, map(rule_in, re.findall(r"<guideline [^>]*>\n(.*?)\n</guideline>", prompt, re.DOTALL))))
+    pictures = json.dumps(content, sort_keys=True).encode()
+    follow_up = rules.get(finding) or FOLLOW_UPS[hashlib.sha256(pictures).digest()[0] % len(FOLLOW_UPS)]
+    return {
+        "description": f"{tags}. The phantom guideline asks for {follow_up}.",
+        "query": render_multiple_choice(QUESTION, FOLLOW_UPS),
+        "answer": LETTERS[FOLLOW_UPS.index(follow_up)],
+    }
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
 
 
 @contextmanager

@@ -6,6 +6,7 @@
     vectors/<name>/NNNNN.parquet  id, vector (float16, length 1)
     logs/<pass>.json              which settings and how many tasks the pass was last started with
     logs/<pass>-<fingerprint>/    datatrove's logs, completions/NNNNN, and counts/NNNNN.json (the manifest)
+    evidence/found/NNNNN.parquet  guideline chunks and cases found for a row; the pictures beside them in images/
     units/NNNNN.jsonl             what ingest reads in each task, planned before anything is read
     out/                          the finished data set
 
@@ -56,10 +57,16 @@ class Pair:
     figure: str  # its id within the article
     licence: str  # CC0, CC-BY-4.0, ..., or what a hospital's configuration says
     source: str  # where it came from, in words fit for an attribution
+    collection: str = ""  # which of several sources, by its name in the configuration
+    annotated: bool = True  # people described the picture; else caption and context are tags, boxes and the like
     terms: int | None = None  # text-filter: distinct terms of the vocabulary in caption and context
     medical: float | None = None  # image-filter: the lowest of the images' probabilities of being medical
     overlaps: str | None = None  # dedup: the evaluation row that it resembles, where such rows are flagged
-    method: str | None = None  # reformat: native_caption, llm_reformatted, mllm_distill, mllm_reformatted
+    evidence: tuple[str, ...] = ()  # reformat: ids of the guideline chunks and cases that the text was written with
+    evidence_licences: tuple[str, ...] = ()  # and their licences
+    method: str | None = (
+        None  # reformat: native_caption, llm_reformatted, mllm_distill, mllm_reformatted, mllm_grounded
+    )
     scenario: str | None = None
     prompt_version: str | None = None
     model: str | None = None  # as the endpoint called it
@@ -67,14 +74,14 @@ class Pair:
     description: str | None = None
     query: str | None = None
     answer: str | None = None
-    modality: str | None = None
+    modality: str | None = None  # as the source states it, else as the model says
     body_part: str | None = None
 
 
-_LISTS = ("image_ids", "context", "sections")
-_NUMBERS = {"terms": pa.int32(), "medical": pa.float32()}
+_LISTS = ("image_ids", "context", "sections", "evidence", "evidence_licences")
+_OTHERS = {"terms": pa.int32(), "medical": pa.float32(), "annotated": pa.bool_()}
 PAIR_SCHEMA = pa.schema(
-    [(f.name, pa.list_(pa.string()) if f.name in _LISTS else _NUMBERS.get(f.name, pa.string())) for f in fields(Pair)]
+    [(f.name, pa.list_(pa.string()) if f.name in _LISTS else _OTHERS.get(f.name, pa.string())) for f in fields(Pair)]
 )
 DROPPED_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 IMAGE_SCHEMA = pa.schema(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import re
 import shlex
 import sys
@@ -30,12 +29,14 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     errors,
+    get_session,
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 from pydantic import BaseModel, Field, ValidationError
 
+from huatuo_vision.redaction import SECRETS, own_secrets, redact, without_queries
 from huatuo_vision.schema import UserError
 
 logger = logging.getLogger(__name__)
@@ -52,16 +53,8 @@ FORBIDDEN += ("*.pt", "*.pth", "*.bin", "*.pkl", "*.pickle", "*.ckpt")  # traini
 # What a loader would mix with the new model if it stayed beside it.
 LOADED = (".safetensors", ".json", ".jinja", ".model")
 
-SECRETS = {
-    "a Hugging Face token": rb"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{20,})",
-    "a wandb key": rb"(?i)key[\"']?\s*[:=]\s*[\"']?[0-9a-f]{40}(?![0-9a-f])|wandb_v\d+_\w{20,}",
-    "an API key (sk-...)": rb"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]*[A-Za-z0-9]{16,}",
-    "a GitHub token": rb"(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
-    "an AWS key": rb"(?<![A-Z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"
-    rb"|(?i:aws_secret_access_key)[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9/+]{40}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
+# Of a Hub that has a request and does not answer: a finished run must not wait for it with its GPUs.
+SILENCE_SECONDS = 120.0
 
 Present = Mapping[str, RepoFile]  # path -> entry of a revision
 
@@ -248,6 +241,7 @@ def _push(
     stale: Callable[[str], bool],
 ) -> str:
     """One commit with `payload`. `other` names what else a revision holds; `stale` is what must not stay beside it."""
+    get_session().timeout = SILENCE_SECONDS  # the client itself would wait for ever
     api = HfApi(library_name="huatuo-vision")
     api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type)
     if bool(api.repo_info(repo_id, repo_type=repo_type).private) != private:
@@ -318,17 +312,7 @@ def explain(error: BaseException, repo_id: str) -> str:
         text = str(cause)
     else:
         text = f"{type(cause).__name__}: {cause}"
-    return redact(" ".join(text.split()))
-
-
-def redact(text: str) -> str:
-    """The text with everything that looks like a key, or is one of this process's, replaced by ***."""
-    for secret in _own_secrets():
-        text = text.replace(secret, "***")
-    for pattern in SECRETS.values():
-        text = re.sub(pattern.decode(), "***", text)
-    text = re.sub(r"(https?://)[^/\s@]+@", r"\1", text)
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
+    return without_queries(redact(" ".join(text.split())))
 
 
 def render_card(
@@ -576,7 +560,7 @@ def _refuse_local_adapter(folder: Path) -> None:
 
 
 def _refuse_secrets(folder: Path, payload: Mapping[str, bytes | Path]) -> None:
-    own = [secret.encode() for secret in _own_secrets()]
+    own = [secret.encode() for secret in own_secrets()]
     for path, content in payload.items():
         if not isinstance(content, bytes):
             continue
@@ -586,10 +570,6 @@ def _refuse_secrets(folder: Path, payload: Mapping[str, bytes | Path]) -> None:
             raise UserError(
                 f"{folder / path} holds what looks like {found}; remove it (and revoke it), then push again"
             )
-
-
-def _own_secrets() -> list[str]:
-    return [os.environ[name] for name in SECRET_VARIABLES if len(os.environ.get(name, "")) >= 8]
 
 
 def _allowed(path: str) -> bool:

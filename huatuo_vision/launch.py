@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -45,6 +48,7 @@ def start_processes(timeout: timedelta | None = None) -> PartialState:
     from accelerate import PartialState
 
     asked = launched_world()
+    _end_with_launcher()
     on_cpu = not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, **({"timeout": timeout} if timeout else {}))
     if state.num_processes != asked.processes:
@@ -62,3 +66,11 @@ def start_processes(timeout: timedelta | None = None) -> PartialState:
             f"DeepSpeed was asked for, but accelerate started {state.distributed_type.value}; check the launch config"
         )
     return state
+
+
+def _end_with_launcher() -> None:
+    """SIGTERM to this process when torchrun or accelerate is killed: each process has a session of its own, and would
+    train on as an orphan, with the run folder locked."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))

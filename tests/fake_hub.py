@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,6 +105,7 @@ class Failure:
     path: str
     message: str
     times: int
+    seconds: float = 0.0  # of silence before it is answered
 
 
 class Refusal(Exception):
@@ -165,6 +167,11 @@ class FakeHub:
         with self._lock:
             self.failures.append(Failure(status, method, path, message, times))
 
+    def stall_next(self, seconds: float, *, method: str = "", path: str = "", times: int = 1) -> None:
+        """Answer the next `times` such requests rightly, but after so long."""
+        with self._lock:
+            self.failures.append(Failure(0, method, path, "", times, seconds))
+
     def files(self, repo: str, *, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
         """Path -> content at a revision."""
         with self._lock:
@@ -182,6 +189,7 @@ class FakeHub:
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         credentials = headers.get("Authorization")
         authorized = credentials == f"Bearer {self.token}"
+        self._stall_if_asked(method, unquote(url.path))
         with self._lock:
             self.requests.append(Request(method, unquote(url.path), body, authorized))
             try:
@@ -196,9 +204,15 @@ class FakeHub:
                     answer.body, answer.status, {**answer.headers, "X-Error-Message": refusal.message, **code}
                 )
 
+    def _stall_if_asked(self, method: str, path: str) -> None:
+        for failure in self.failures:
+            if failure.seconds and failure.times and failure.method in method and failure.path in path:
+                failure.times -= 1
+                time.sleep(failure.seconds)  # without the lock: others are answered meanwhile
+
     def _fail_if_asked(self, method: str, path: str) -> None:
         for failure in self.failures:
-            if failure.times and failure.method in method and failure.path in path:
+            if failure.status and failure.times and failure.method in method and failure.path in path:
                 failure.times -= 1
                 raise Refusal(failure.status, failure.message)
 

@@ -4,20 +4,19 @@
 
 Checks that packed attention and a packed model are right, then times the project's own trainer on 1.5-8B LLaVAs with
 random weights. Every result is written to results.jsonl as it comes; what fails or no longer fits into --minutes is
-named with its reason. Needs torch, transformers, accelerate, peft, pyarrow, rich and Pillow.
+named with its reason. Needs torch, transformers, accelerate, peft, rich and Pillow; compares TRL where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
+from typing import Any
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,7 +43,7 @@ def main() -> int:
     import torch
     from rich.console import Console
 
-    from benchmarks.gpu.cases import Bench, all_cases
+    from benchmarks.gpu.cases import Bench, all_cases, attempt
     from benchmarks.gpu.report import line_of, tables
 
     if not (args.toy or torch.cuda.is_available()):
@@ -52,7 +51,7 @@ def main() -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     console = Console(width=150, highlight=False)
-    results = []
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, (args.out / "log.txt").open("w") as log:
         bench = Bench(torch.device("cpu" if args.toy else "cuda"), args.toy, args.out, Path(scratch))
         cases = [case for case in all_cases(bench) if not args.only or any(text in case.name for text in args.only)]
@@ -62,45 +61,21 @@ def main() -> int:
             return 0
         for case in cases:
             elapsed = time.monotonic() - started
-            result = {"case": case.name, "started_s": round(elapsed, 1)}
+            result: dict[str, Any] = {"case": case.name, "started_s": round(elapsed, 1)}
             if elapsed + case.seconds > args.minutes * 60:
                 result |= {"status": "not run: time"}
             else:
-                result |= run(case, bench, log)
+                result |= attempt(case, bench, log)
                 result["took_s"] = round(time.monotonic() - started - elapsed, 1)
             results.append(result)
             with (args.out / "results.jsonl").open("a") as file:
                 file.write(json.dumps(result) + "\n")
             console.print(line_of(result))
-            release(torch)
     for table in tables(results):
         console.print(table)
     failed = [result for result in results if result["status"].startswith("failed")]
     console.print(f"{len(results)} cases in {time.monotonic() - started:.0f} s, {len(failed)} failed")
     return int(bool(failed))
-
-
-def run(case, bench, log) -> dict:  # noqa: ANN001
-    """The case's result, or the reason why there is none: one case that fails stops no other."""
-    import torch
-
-    try:
-        found = case.run(bench)
-    except torch.cuda.OutOfMemoryError as error:
-        log.write(f"{case.name}\n{traceback.format_exc()}\n")
-        return {"status": "does not fit", "reason": " ".join(str(error).split())[:160]}
-    except Exception as error:  # noqa: BLE001 - an unattended run goes on to the next case
-        log.write(f"{case.name}\n{traceback.format_exc()}\n")
-        log.flush()
-        return {"status": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    return {"status": "failed: not equal" if found.get("passed") is False else "ok"} | found
-
-
-def release(torch) -> None:  # noqa: ANN001
-    torch.compiler.reset()  # what was compiled for one model counts against the limit of the next
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import platform
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+import transformers
+from packaging.version import Version
 
 from benchmarks.gpu import correctness, models, samples, steps
 from benchmarks.gpu.loading import waiting
@@ -42,6 +46,25 @@ class Case:
     name: str
     seconds: int  # that it takes at most, as far as is known
     run: Callable[[Bench], dict[str, Any]]
+
+
+def attempt(case: Case, bench: Bench, log: TextIO) -> dict[str, Any]:
+    """The case's result, or the reason why there is none: one case that fails stops no other."""
+    try:
+        found = case.run(bench)
+        return {"status": "failed: not equal" if found.get("passed") is False else "ok"} | found
+    except torch.OutOfMemoryError as error:
+        log.write(f"{case.name}\n{traceback.format_exc()}\n")
+        return {"status": "does not fit", "reason": " ".join(str(error).split())[:160]}
+    except Exception as error:  # noqa: BLE001 - an unattended run goes on to the next case
+        log.write(f"{case.name}\n{traceback.format_exc()}\n")
+        return {"status": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    finally:
+        log.flush()
+        torch.compiler.reset()  # what was compiled for one model counts against the limit of the next
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def all_cases(bench: Bench) -> list[Case]:
@@ -183,10 +206,12 @@ def loaded(language: str, workers: int) -> Case:
 def against(language: str, what: str, train: models.Train, turns: int, seconds: int) -> Case:
     def run(bench: Bench) -> dict[str, Any]:
         try:
+            import trl  # noqa: F401, I001 - what is missing is named in this order
             import datasets  # noqa: F401
-            import trl  # noqa: F401
         except ImportError as error:
             return {"status": f"not run: {error.name} is not installed"}
+        if Version(transformers.__version__) < Version("5.18"):
+            return {"status": "not run: TRL's assistant-only loss with pictures needs transformers 5.18"}
         from benchmarks.gpu.trl_peer import against_trl
 
         tokens, times = (128, 1) if bench.toy else (8192, turns)

@@ -96,7 +96,7 @@ def packed_model(device: torch.device, toy: bool) -> dict[str, Any]:
         groups = [list(range(len(chosen)))] if packed else [[n] for n in range(len(chosen))]
         losses = []
         for group in groups:
-            row = pack_row([chosen[n] for n in group], [0] * len(group), pixels[group], 1, IMAGE_TOKEN)
+            row = pack_row([chosen[n] for n in group], range(len(group)), pixels[group], 1, IMAGE_TOKEN)
             inputs = {k: v for k, v in samples.to_device(row, device).items() if k not in ("stats", "target_sources")}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 losses.append(model(**inputs))

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from benchmarks.gpu.models import Phase
 from huatuo_vision.model.flops import ModelShape, memory_estimate, step_flops
 from huatuo_vision.training.phase import training_arguments
+from huatuo_vision.training.stop import StopRequest
 from huatuo_vision.training.trainer import PhaseTrainer
 
 PEAK = 989e12  # dense bf16 FLOP/s of H100 and H200 (SXM), from the data sheet
@@ -39,7 +40,7 @@ def make_trainer(
     def row_flops(stats: dict[str, int]) -> float:
         return counted_flops(shape, phase, stats)
 
-    trainer = PhaseTrainer(phase, rows, row_flops, model=model, args=arguments)
+    trainer = PhaseTrainer(phase, rows, row_flops, StopRequest(), model=model, args=arguments)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

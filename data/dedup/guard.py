@@ -1,8 +1,8 @@
-"""Training rows that show a picture of an evaluation set, or quote one of its questions.
+"""Training rows that show a picture of an evaluation set, or quote one of its questions or references.
 
-Pictures by the SHA-256 of their pixels and by perceptual hash; questions by runs of words in caption and in-text
-mentions. A run that stands in many questions of a benchmark ("what imaging modality was used to take this image")
-marks none of them. What can't be compared, a question of fewer words, is counted in the report.
+Pictures by the SHA-256 of their pixels and by perceptual hash; questions, and the discussions that explanations are
+held against, by runs of words. A run that stands in many questions of a benchmark ("what imaging modality was used to
+take this image") marks none of them. What can't be compared, a question of fewer words, is counted in the report.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ _PICTURES = pa.schema(
     [("id", pa.string()), ("row", pa.string()), ("phash", pa.binary(32)), ("coarse_phash", pa.binary(8))]
     + [("thumbnail", pa.binary())]
 )
+_CASES = pa.schema([("case", pa.string()), ("row", pa.string())])
 
 
 def runs_of_words(text: str, length: int) -> Iterator[int]:
@@ -49,10 +50,31 @@ def runs_of_words(text: str, length: int) -> Iterator[int]:
 
 
 def check_names(guard: Guard) -> None:
-    """Raises UserError for a benchmark that eval.py does not know."""
+    """Raises UserError for a benchmark that eval.py does not know, and for a list of cases that can't be read."""
     for name in guard.benchmarks:
         if name not in BENCHMARKS:
             raise UserError(f"dedup.guard.benchmarks: {name!r} is no benchmark; expected {', '.join(BENCHMARKS)}")
+    held_out_cases(guard)
+
+
+def held_out_cases(guard: Guard) -> frozenset[str]:
+    """Raises UserError for a list that can't be read or is empty."""
+    if guard.cases is None:
+        return frozenset()
+    try:
+        lines = Path(guard.cases).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"dedup.guard.cases: {guard.cases} can't be read ({said}); expected a case id a line") from None
+    if not (cases := frozenset(filter(None, map(str.strip, lines)))):
+        raise UserError(f"dedup.guard.cases: {guard.cases} names no case; expected a case id a line, or remove it")
+    return cases
+
+
+def held_out_digest(guard: Guard) -> str | None:
+    """What the list of held-out cases is known by."""
+    cases = held_out_cases(guard)
+    return hashlib.sha256("\n".join(sorted(cases)).encode()).hexdigest() if cases else None
 
 
 class EvaluationSets:
@@ -68,6 +90,7 @@ class EvaluationSets:
     def write(self, guard: Guard) -> None:
         pictures: dict[str, dict[str, Any]] = {}
         runs: dict[int, str] = {}
+        cases: dict[str, str] = {}
         report: dict[str, dict[str, Any]] = {}
         for name, path in guard.benchmarks.items():
             loaded = BENCHMARKS[name].load(Path(path) if path is not None else None)
@@ -76,13 +99,16 @@ class EvaluationSets:
             first: dict[int, str] = {}
             comparable = 0
             questions = {row.question: row.id for row in reversed(loaded.rows)}
-            for question, id_ in questions.items():
-                found = set(runs_of_words(question, guard.question_words))
-                comparable += bool(found)
+            references = {row.extra["reference"]: row.id for row in reversed(loaded.rows) if "reference" in row.extra}
+            for text, id_ in (references | questions).items():
+                found = set(runs_of_words(text, guard.question_words))
+                comparable += bool(found) and text in questions
                 times.update(found)
                 first |= dict.fromkeys(found, f"{name}:{id_}")
             runs |= {run: first[run] for run, number in times.items() if number <= _QUESTIONS_OF_A_RUN}
             for row in loaded.rows:
+                if (case := row.extra.get("case")) is not None:
+                    cases.setdefault(str(case), f"{name}:{row.id}")
                 for ref in row.images:
                     if ref.sha256 in seen:
                         continue
@@ -97,6 +123,7 @@ class EvaluationSets:
                 "questions": len(loaded.rows),
                 "different_questions": len(questions),
                 "comparable_questions": comparable,
+                "references": len(references),
                 "images": len(seen),
             }
         with whole_file(self._folder / "pictures.parquet") as unfinished:
@@ -104,7 +131,14 @@ class EvaluationSets:
         table = pa.table({"run": pa.array(list(runs), pa.uint64()), "row": list(runs.values())})
         with whole_file(self._folder / "questions.parquet") as unfinished:
             pq.write_table(table, unfinished)
+        with whole_file(self._folder / "cases.parquet") as unfinished:
+            pq.write_table(pa.table({"case": list(cases), "row": list(cases.values())}, _CASES), unfinished)
         write_json(self.report_file, report)
+
+    def cases(self) -> dict[str, str]:
+        """Case, as its benchmark calls it -> evaluation row."""
+        table = pq.read_table(self._folder / "cases.parquet")
+        return dict(zip(table["case"].to_pylist(), table["row"].to_pylist(), strict=True))
 
     def questions(self) -> dict[int, str]:
         table = pq.read_table(self._folder / "questions.parquet")
@@ -149,7 +183,12 @@ def _picture(image: Image.Image, row: str) -> tuple[str, dict[str, Any]]:
 
 def quoted_question(pair: Pair, questions: Mapping[int, str], length: int) -> str | None:
     """The evaluation row whose question the pair's texts hold, if one."""
-    for text in (pair.caption, *pair.context):
+    return quoted_row((pair.caption, *pair.context), questions, length)
+
+
+def quoted_row(texts: Iterable[str], questions: Mapping[int, str], length: int) -> str | None:
+    """The first evaluation row of which one of the texts holds a run of words, if one."""
+    for text in texts:
         for run in runs_of_words(text, length):
             if run in questions:
                 return questions[run]

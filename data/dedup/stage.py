@@ -10,6 +10,7 @@ Of rows that are the same, the one with the largest pictures stays, then the lon
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -23,7 +24,15 @@ from datatrove.pipeline.base import PipelineStep
 from PIL import Image
 
 from data.config import Dedup
-from data.dedup.guard import EvaluationSets, WriteEvaluationSets, as_array, check_names, quoted_question
+from data.dedup.guard import (
+    EvaluationSets,
+    WriteEvaluationSets,
+    as_array,
+    check_names,
+    held_out_cases,
+    held_out_digest,
+    quoted_question,
+)
 from data.dedup.nearest import repeated_captions, repeated_pictures
 from data.dedup.pictures import Hashes, Proposal, neighbours_of, proposals, same_pictures, thumbnail
 from data.filters.encoders import caption_encoder, encoder_name
@@ -40,7 +49,7 @@ _FLAG = "flag"  # not a reason to drop: the row stays, and says what it overlaps
 def dedup_passes(run: RunFolder, settings: Dedup, tasks: int) -> list[Pass]:
     check_names(settings.guard)
     encoder = encoder_name(settings.encoder) if settings.min_cosine is not None else None
-    guard = settings.guard.model_dump(mode="json")
+    guard = settings.guard.model_dump(mode="json", exclude={"cases"}) | {"cases": held_out_digest(settings.guard)}
     record = {**settings.model_dump(mode="json", exclude={"encoder", "guard"}), "encoder": encoder, "guard": guard}
     passes = []
     if settings.guard.benchmarks:
@@ -52,6 +61,11 @@ def dedup_passes(run: RunFolder, settings: Dedup, tasks: int) -> list[Pass]:
         row_pass(run, STAGE, PREVIOUS, tasks, (Apply(run),), record),
     ]
     return passes
+
+
+def contamination(run: RunFolder) -> dict[str, Any]:
+    """What the guard found: which evaluation sets were compared, and the rows that overlap them."""
+    return json.loads((run.path / "decisions" / REPORT_FILE).read_text(encoding="utf-8"))
 
 
 class ReadCaptions(PipelineStep):
@@ -116,6 +130,8 @@ class Decide(PipelineStep):
             decided[int(left[row])] = ("same_image" if same else "near_image", _at(ids, left[other]))
         if self.settings.min_cosine is not None:
             left = np.setdiff1d(left, np.fromiter(decided, np.int64, len(decided)))
+            # Tags are alike for whole data sets: only what people wrote is compared.
+            left = left[rows["annotated"].to_numpy()[left]]
             for row, other, _ in repeated_captions(self._vectors(rows, left), self.settings.min_cosine):
                 decided[int(left[row])] = ("near_caption", _at(ids, left[other]))
         self._write(rows, decided, flags)
@@ -125,7 +141,7 @@ class Decide(PipelineStep):
         """id, rank, place in the rank, images, all in the order of preference."""
         tables = []
         for rank in range(self.tasks):
-            pairs = self.run_folder.pair_columns(PREVIOUS, rank, ["id", "image_ids", "caption"])
+            pairs = self.run_folder.pair_columns(PREVIOUS, rank, ["id", "image_ids", "caption", "article", "annotated"])
             images = self.run_folder.image_columns(rank, ["id", "width", "height"])
             area = np.multiply(images["width"].to_numpy().astype(np.int64), images["height"].to_numpy())
             areas = dict(zip(images["id"].to_pylist(), area.tolist(), strict=True))
@@ -133,6 +149,8 @@ class Decide(PipelineStep):
                 pa.table(
                     {
                         "id": pairs["id"],
+                        "article": pairs["article"],
+                        "annotated": pairs["annotated"],
                         "images": pairs["image_ids"],
                         "area": pa.array(
                             [sum(areas[i] for i in of) for of in pairs["image_ids"].to_pylist()], pa.int64()
@@ -184,8 +202,40 @@ class Decide(PipelineStep):
     ) -> dict[str, Any]:
         """Decide on rows that overlap an evaluation set; returns the report."""
         guard = self.settings.guard
-        if not guard.benchmarks:
-            return {"benchmarks": {}, "on_overlap": guard.on_overlap, "overlaps": []}
+        cases = held_out_cases(guard)
+        if not guard.benchmarks and not cases:
+            return {"benchmarks": {}, "cases": 0, "on_overlap": guard.on_overlap, "overlaps": []}
+        found: dict[int, tuple[str, str]] = {}
+        for row in np.flatnonzero(pc.is_in(rows["article"], pa.array(sorted(cases), pa.string())).to_numpy()).tolist():
+            found[row] = ("evaluation_case", _at(rows["article"], row))
+        if guard.benchmarks:
+            found |= self._of_benchmarks(rows, owners, shown, pictures)
+        ids = rows["id"]
+        overlaps = []
+        for row, (reason, detail) in sorted(found.items()):
+            where = {"id": _at(ids, row), "article": _at(rows["article"], row)}
+            overlaps.append({**where, "reason": reason, "detail": detail})
+            if guard.on_overlap == "drop":
+                decided.setdefault(row, (reason, detail))
+            else:
+                flags[row] = f"{reason}: {detail}"
+        counts = Counter(overlap["reason"] for overlap in overlaps)
+        return {
+            "benchmarks": EvaluationSets(self.run_folder).report() if guard.benchmarks else {},
+            "cases": len(cases),
+            "on_overlap": guard.on_overlap,
+            "question_words": guard.question_words,
+            "max_hash_distance": self.settings.max_hash_distance,
+            "min_likeness": self.settings.min_likeness,
+            "rows_checked": len(rows),
+            "counts": dict(sorted(counts.items())),
+            "overlaps": sorted(overlaps, key=lambda overlap: overlap["id"]),
+        }
+
+    def _of_benchmarks(
+        self, rows: pa.Table, owners: np.ndarray, shown: np.ndarray, pictures: _Pictures
+    ) -> dict[int, tuple[str, str]]:
+        """Rows that quote a question or show a picture of a benchmark."""
         sets = EvaluationSets(self.run_folder)
         found: dict[int, tuple[str, str]] = {}
         ranks, places = rows["rank"].to_numpy(), rows["place"].to_numpy()
@@ -200,25 +250,7 @@ class Decide(PipelineStep):
         for showing in np.flatnonzero(np.isin(shown, list(matches))).tolist():
             row, distance = matches[int(shown[showing])]
             found[int(owners[showing])] = ("evaluation_image", f"{row}, {distance} of 256 bits apart")
-        ids = rows["id"]
-        overlaps = []
-        for row, (reason, detail) in sorted(found.items()):
-            overlaps.append({"id": _at(ids, row), "reason": reason, "detail": detail})
-            if guard.on_overlap == "drop":
-                decided.setdefault(row, (reason, detail))
-            else:
-                flags[row] = f"{reason}: {detail}"
-        counts = Counter(overlap["reason"] for overlap in overlaps)
-        return {
-            "benchmarks": sets.report(),
-            "on_overlap": guard.on_overlap,
-            "question_words": guard.question_words,
-            "max_hash_distance": self.settings.max_hash_distance,
-            "min_likeness": self.settings.min_likeness,
-            "rows_checked": len(rows),
-            "counts": dict(sorted(counts.items())),
-            "overlaps": sorted(overlaps, key=lambda overlap: overlap["id"]),
-        }
+        return found
 
     def _vectors(self, rows: pa.Table, left: np.ndarray) -> np.ndarray:
         """The vectors of the rows that are left, in their order, on disk."""

@@ -7,6 +7,7 @@ says so: `small` sees colours, brightness and edges and no content; `hashing` co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +22,7 @@ EncodeTexts = Callable[[Sequence[str]], np.ndarray]
 
 _SIDE = 128  # pixels; the small encoder looks at pictures of this size
 _HASHED = 512  # dimensions of hashed captions
+_LOOK = 109  # and of looks
 
 
 def encoder_name(settings: ImageEncoder | CaptionEncoder) -> str:
@@ -38,6 +40,66 @@ def image_encoder(settings: ImageEncoder) -> EncodeImages:
 def caption_encoder(settings: CaptionEncoder) -> EncodeTexts:
     """Texts to float32 of shape (texts, dimensions). Raises UserError for a model that can't be had."""
     return _encoder(settings)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedEncoder:
+    """Pictures and texts as vectors of one space, float32 of shape (n, dimensions)."""
+
+    images: EncodeImages
+    texts: EncodeTexts
+
+    def fused(self, images: np.ndarray | None, text: np.ndarray | None, image_weight: float) -> np.ndarray:
+        """One vector of length 1 for pictures and a text; either may be missing (UniIR's score fusion).
+
+        The product of two of them is the weighted sum of how alike picture and picture, text and text, and each and
+        the other are, divided by their lengths.
+        """
+        parts = [image_weight * images.mean(axis=0)] if images is not None and len(images) else []
+        parts += [(1 - image_weight) * text] if text is not None else []
+        return _unit(np.sum(parts, axis=0)[None])[0]
+
+
+def shared_encoder(settings: ImageEncoder) -> SharedEncoder:
+    """Raises UserError for a model that can't be had."""
+    return _shared_encoder(settings)
+
+
+@lru_cache(maxsize=1)
+def _shared_encoder(settings: ImageEncoder) -> SharedEncoder:
+    if settings.kind == "small":
+        # Neither knows the other's: looks and words stand in coordinates of their own.
+        look, hashed = image_encoder(settings), _load_caption_encoder(CaptionEncoder(kind="hashing"))
+        return SharedEncoder(
+            lambda images: np.pad(_contrasted(look(images)), ((0, 0), (0, _HASHED))),
+            lambda texts: np.pad(hashed(texts), ((0, 0), (_LOOK, 0))),
+        )
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        processor = AutoImageProcessor.from_pretrained(settings.id, revision=settings.revision, backend="pil")
+        tokenizer = AutoTokenizer.from_pretrained(settings.id, revision=settings.revision)
+        model = CLIPModel.from_pretrained(settings.id, revision=settings.revision).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise _unavailable("retrieve.encoder", settings.id, error) from None
+    length = model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def images(pictures: Sequence[Image.Image]) -> np.ndarray:
+        pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(device)
+        seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        return _unit(seen.float().cpu().numpy())
+
+    @torch.inference_mode()
+    def texts(said: Sequence[str]) -> np.ndarray:
+        tokens = tokenizer(list(said), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        inputs = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
+        read = model.text_projection(model.text_model(**inputs).pooler_output)
+        return _unit(read.float().cpu().numpy())
+
+    return SharedEncoder(images, texts)
 
 
 # Loaded once a process and not once a task; one at a time, since a worker serves all stages.
@@ -97,6 +159,11 @@ def _unavailable(key: str, id_: str | None, error: Exception) -> UserError:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _contrasted(looks: np.ndarray) -> np.ndarray:
+    """Looks as they differ from an even one: all their numbers are positive, so any two are nearly parallel."""
+    return _unit(looks - looks.mean(axis=1, keepdims=True))
 
 
 def _look(image: Image.Image) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 
-from data.mllm.prompts import BODY_PARTS, MODALITIES
+from data.config import BODY_PARTS, MODALITIES
 from huatuo_vision.openai_endpoint import Reply, one_line
 
 # ok: goes on. refused: the model would not. truncated: it ran out of tokens. invalid: no answer of the shape asked for,
@@ -24,7 +24,8 @@ _SORRY = re.compile(
 )
 # The prompt's one prohibition, where a reply breaks it in so many words.
 _TOLD = re.compile(
-    r"</?\s?reference\s?>|\bthe (?:provided|given) (?:reference|caption|text)\b"
+    r"</?\s?(?:reference|guideline|case|target)\s?>"
+    r"|\bthe (?:provided|given|retrieved|similar) (?:reference|caption|text|guideline|case)\b"
     r"|\b(?:according to|based on|as (?:stated|described|noted) in|from) the (?:above )?(?:reference|caption)\b",
     re.IGNORECASE,
 )

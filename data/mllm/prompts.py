@@ -1,8 +1,13 @@
-"""The texts an MLLM is asked with: files in `data/prompts/`, one a method, in our own words."""
+"""The texts an MLLM is asked with: files in `data/prompts/`, one a method, in our own words.
+
+`mllm_grounded` follows the structure of SemiHVision's released example (arXiv 2410.14948): style, guidelines, what is
+asked for, a similar case with its images and findings, the format of the reply, the target.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,23 +16,19 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from data.config import BODY_PARTS, MODALITIES
+
 # Of the paper's four ways to make a description (arXiv 2406.19280, section 4.4), the three that ask a model: from text
 # only, from images only, and from both ("unblinded").
-SENDS_IMAGES = ("mllm_distill", "mllm_reformatted")
-SENDS_TEXT = ("llm_reformatted", "mllm_reformatted")
+GROUNDED = "mllm_grounded"
+SENDS_IMAGES = ("mllm_distill", "mllm_reformatted", GROUNDED)
+SENDS_TEXT = ("llm_reformatted", "mllm_reformatted", GROUNDED)
+# Where a prompt shows a picture; no text that is asked about holds it.
+IMAGE = "\0"
+# What a text must not close, or it would speak with our voice.
+_TAGS = re.compile(r"<(/?)\s*(reference|guideline|case|target)\b([^<>]*)>", re.IGNORECASE)
 
 FOLDER = Path(__file__).parents[1] / "prompts"
-
-# Labels that consumers of PubMedVision know; the released rows hold strays besides.
-MODALITIES = (
-    "Computed Tomography", "Magnetic Resonance Imaging", "X-Ray", "Ultrasound", "Nuclear Imaging", "Angiography",
-    "Microscopy Images", "Endoscopy", "Fundus Photography", "Optical Coherence Tomography", "Dermoscopy",
-    "Infrared Reflectance Imaging", "Digital Photography", "Others",
-)  # fmt: skip
-BODY_PARTS = (
-    "Head", "Brain", "Eye", "Oral Cavity", "Neck", "Chest", "Breast", "Abdomen", "Gastrointestinal Tract",
-    "Pelvic Cavity", "Spine", "Upper Limb", "Lower Limb", "Foot", "Skin", "Cell", "Others",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,16 @@ def prompt_version(method: str) -> str:
     return f"{method}-{hashlib.sha256(repr((texts, MODALITIES, BODY_PARTS)).encode()).hexdigest()[:12]}"
 
 
-def render_prompt(method: str, n_images: int, scenario: Scenario, reference: str) -> str:
+def render_prompt(method: str, n_images: int, scenario: Scenario, reference: str, **more: object) -> str:
+    """`mllm_grounded` takes `modality`, `guidelines` and `cases` too, and holds IMAGE in each picture's place."""
     text = _environment().get_template(f"{method}.jinja")
     values = {"modalities": MODALITIES, "body_parts": BODY_PARTS, "scenario": scenario.text, "n_images": n_images}
-    return text.render(reference=reference, **values).strip()
+    return text.render(reference=reference, image=IMAGE, **values, **more).strip()
+
+
+def defused(text: str) -> str:
+    """The text without what would end the tags that it is put between, or stand for a picture."""
+    return _TAGS.sub(r"< \1\2\3 >", text.replace(IMAGE, " "))
 
 
 def render_ask_again(problem: str) -> str:
@@ -76,8 +83,7 @@ def reference_text(caption: str, mentions: Sequence[str], max_chars: int) -> tup
             break
         kept.append(mention)
         room -= len(mention)
-    text = "\n\n".join(kept).replace("<reference>", "< reference >").replace("</reference>", "< /reference >")
-    return text, len(mentions) + 1 - len(kept)
+    return defused("\n\n".join(kept)), len(mentions) + 1 - len(kept)
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from huatuo_vision.inputs.images import MAX_IMAGE_PIXELS
 from huatuo_vision.schema import BadSample
 
 # pydicom lets through what its decoders raise.
-_ERRORS = (
+READ_ERRORS = (
     InvalidDicomError,
     AttributeError,
     ValueError,
@@ -25,7 +25,7 @@ _ERRORS = (
     OSError,
     EOFError,
 )
-_ERRORS += (NotImplementedError, ArithmeticError)
+READ_ERRORS += (NotImplementedError, ArithmeticError)
 
 
 def is_dicom(data: bytes) -> bool:
@@ -43,7 +43,7 @@ def read_dicom(data: bytes, owner: str, window: tuple[float, float] | None) -> t
         frames = int(dataset.get("NumberOfFrames") or 1)
         rows, columns = int(dataset.Rows), int(dataset.Columns)
         burned_in = str(dataset.get("BurnedInAnnotation", "NO")).upper() == "YES"
-    except _ERRORS as error:
+    except READ_ERRORS as error:
         raise _unreadable(owner, error) from None
     if burned_in:
         raise BadSample(
@@ -61,7 +61,7 @@ def read_dicom(data: bytes, owner: str, window: tuple[float, float] | None) -> t
         raise BadSample(owner, "image_too_large", f"the DICOM file has {columns:,} x {rows:,} pixels")
     try:
         return _picture(dataset, window)
-    except _ERRORS as error:
+    except READ_ERRORS as error:
         raise _unreadable(owner, error) from None
 
 
@@ -73,12 +73,12 @@ def _picture(dataset: pydicom.Dataset, window: tuple[float, float] | None) -> tu
     meant = values != padding if padding is not None else np.ones(values.shape, bool)
     grey = apply_modality_lut(values, dataset).astype(np.float64)
     if window is not None:
-        picture, how = _windowed(grey, *window, "LINEAR"), "dicom_window_given"
+        picture, how = windowed(grey, *window, "LINEAR"), "dicom_window_given"
     elif dataset.get("VOILUTSequence"):
         picture, how = _full_range(apply_voi_lut(values, dataset)), "dicom_lookup_table"
     elif dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
         centre, width = (_first(dataset[name].value) for name in ("WindowCenter", "WindowWidth"))
-        picture, how = _windowed(grey, centre, width, dataset.get("VOILUTFunction", "LINEAR")), "dicom_window_of_file"
+        picture, how = windowed(grey, centre, width, dataset.get("VOILUTFunction", "LINEAR")), "dicom_window_of_file"
     else:
         picture, how = _full_range(grey, meant), "dicom_full_range"
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
@@ -86,7 +86,7 @@ def _picture(dataset: pydicom.Dataset, window: tuple[float, float] | None) -> tu
     return Image.fromarray(picture, "L"), how
 
 
-def _windowed(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
+def windowed(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
     """Values to 0..255 by the formulas of DICOM PS3.3 C.11.2.1."""
     if width < 1 and function == "LINEAR" or width <= 0:
         raise ValueError(f"window width {width} is not positive")

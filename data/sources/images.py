@@ -10,8 +10,9 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+from data.sources.dicom import windowed
 from data.tables import StoredImage
-from huatuo_vision.inputs.images import load_image
+from huatuo_vision.inputs.images import DECODE_ERRORS, HIGH_DEPTH_MODES, MAX_IMAGE_PIXELS, load_image
 from huatuo_vision.schema import BadSample, ImageRef
 
 # Of the perceptual hashes: 16 x 16 and 8 x 8 bits.
@@ -34,6 +35,18 @@ def store_encoded(data: bytes, owner: str) -> tuple[StoredImage, tuple[str, ...]
         if data.startswith(_PNG):
             return _stored(loaded.image, _pixels_of_png(data), "png"), ()
     return store_pixels(loaded.image), loaded.notes
+
+
+def read_deep(data: bytes, centre: float, width: float, intercept: float) -> Image.Image | None:
+    """A 16-bit grey picture seen through a window, after `intercept` was added to its values; None for any other."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "TIFF")) as image:
+            if image.mode not in HIGH_DEPTH_MODES or image.width * image.height > MAX_IMAGE_PIXELS:
+                return None
+            values = np.asarray(image, np.float64)
+    except DECODE_ERRORS:
+        return None  # said by whoever reads it as any other picture
+    return Image.fromarray(windowed(values + intercept, centre, width, "LINEAR_EXACT"))
 
 
 def refuse_blank(image: Image.Image, owner: str) -> None:

@@ -13,11 +13,12 @@ import fsspec
 from datatrove.pipeline.base import PipelineStep
 from fsspec import AbstractFileSystem
 
-from data.config import Ingest
-from data.sources import articles, pairs
+from data.config import Ingest, Source
+from data.sources import articles, cases, pairs, volumes
 from data.sources.dicom import is_dicom, read_dicom
-from data.sources.found import Found, Note, refused
-from data.sources.images import refuse_blank, store_encoded, store_pixels
+from data.sources.files import safe_name
+from data.sources.found import Found, FoundRows, Note, refused
+from data.sources.images import read_deep, refuse_blank, store_encoded, store_pixels
 from data.steps import Pass
 from data.tables import (
     IMAGE_SCHEMA,
@@ -35,6 +36,13 @@ from data.tables import (
 from huatuo_vision.schema import BadSample, UserError
 
 STAGE = "ingest"
+_EXPECTED = {
+    "articles": "JATS (*.xml, *.nxml) or archives of it",
+    "pairs": "*.jsonl, *.csv or *.parquet",
+    "cases": f"folder with a {cases.FILE}",
+    "volumes": "*.nii, *.nii.gz or folder of DICOM files",
+}
+_READERS = {"articles": articles, "pairs": pairs, "cases": cases, "volumes": volumes}
 
 
 def open_source(source: str, settings: Ingest) -> tuple[AbstractFileSystem, str]:
@@ -50,19 +58,42 @@ def open_source(source: str, settings: Ingest) -> tuple[AbstractFileSystem, str]
 
 
 def list_units(source: str, settings: Ingest, limit: int | None) -> Iterator[list[dict[str, Any]]]:
-    """The units of each task. Raises UserError for a source that holds nothing to read."""
+    """The units of each task; `limit` of each source. Raises UserError for a source that holds nothing to read."""
     fs, root = open_source(source, settings)
-    if settings.kind == "pairs":
-        tasks = ([unit] for unit in pairs.list_chunks(fs, root, settings, limit))
-    else:
-        tasks = batched(islice(articles.list_articles(fs, root, settings), limit), settings.shard_size)
-    empty = True
-    for units in tasks:
-        empty = False
-        yield units
-    if empty:
-        expected = "*.jsonl or *.parquet" if settings.kind == "pairs" else "JATS (*.xml, *.nxml) or archives of it"
-        raise UserError(f"--source {source} holds no {expected}; check the folder and ingest.kind")
+    for name in settings.sources or (None,):
+        part = settings.part(name)
+        where = _part_root(root, settings, name)
+        if not fs.exists(where):
+            raise UserError(
+                f"ingest.sources.{name}: {part.folder} is not in --source {source}; put it there, or remove the source "
+                "from the configuration if you may not use it"
+            )
+        empty = True
+        for units in _tasks(fs, where, part, limit):
+            empty = False
+            yield units if name is None else [{"of": name, **unit} for unit in units]
+        if empty:
+            key = "ingest.kind" if name is None else f"ingest.sources.{name}.kind"
+            shown = source if name is None else f"{source}, folder {part.folder}"
+            raise UserError(f"--source {shown} holds no {_EXPECTED[part.kind]}; check the folder and {key}")
+
+
+def _tasks(fs: AbstractFileSystem, root: str, settings: Source, limit: int | None) -> Iterator[list[dict[str, Any]]]:
+    match settings.kind:
+        case "pairs":
+            # What is left to cut is cut already: a chunk is a task.
+            return ([unit] for unit in pairs.list_chunks(fs, root, settings, limit))
+        case "articles":
+            units = articles.list_articles(fs, root, settings)
+        case "cases":
+            units = cases.list_cases(fs, root, settings)
+        case "volumes":
+            units = volumes.list_volumes(fs, root, settings)
+    return batched(islice(units, limit), settings.shard_size)
+
+
+def _part_root(root: str, settings: Ingest, name: str | None) -> str:
+    return root if name is None else f"{root.rstrip('/')}/{safe_name(settings.sources[name].folder)}"
 
 
 def write_plan(run: RunFolder, source: str, settings: Ingest, limit: int | None) -> int:
@@ -102,39 +133,54 @@ class ReadSource(PipelineStep):
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
         fs, root = open_source(self.source, self.settings)
-        reader = pairs if self.settings.kind == "pairs" else articles
         with (
             stage_output(self.run_folder, STAGE, rank, expected=None) as output,
             row_writer(self.run_folder.images_file(rank), IMAGE_SCHEMA) as images,
         ):
-            keeper = _Keeper(output, images, self.settings)
+            keeper = _Keeper(output, images)
             for line in self.run_folder.units_file(rank).read_text(encoding="utf-8").splitlines():
-                for item in reader.read_unit(fs, root, json.loads(line), self.settings):
+                unit = json.loads(line)
+                name = unit.pop("of", None)
+                part = self.settings.part(name)
+                read = _READERS[part.kind].read_unit(fs, _part_root(root, self.settings, name), unit, part)
+                for item in read if name is None else _of_source(read, name, part):
                     if isinstance(item, Note):
                         output.notes[item.name] += item.count
                     else:
-                        keeper.keep(item)
+                        keeper.keep(item, part)
+
+
+def _of_source(rows: FoundRows, name: str, settings: Source) -> FoundRows:
+    """The rows of one of several sources: called by its name, so that no two sources' ids and cases meet."""
+    for row in rows:
+        if isinstance(row, Found):
+            pair = row.pair
+            changed = {"collection": name, "annotated": settings.annotated, "article": f"{name}-{pair.article}"}
+            row = Found(replace(pair, id=f"{name}-{pair.id}", **changed), row.pictures)
+        elif isinstance(row, Dropped):
+            row = replace(row, id=f"{name}-{row.id}")
+        yield row
 
 
 class _Keeper:
     """Stores pictures, each once a task, and writes the rows that have all of theirs."""
 
-    def __init__(self, output: StageOutput, images: RowWriter, settings: Ingest):
-        self._output, self._images, self._window = output, images, settings.window
+    def __init__(self, output: StageOutput, images: RowWriter):
+        self._output, self._images = output, images
         self._stored: set[str] = set()
         self._ids: set[str] = set()
 
-    def keep(self, item: Found | Dropped) -> None:
-        self._output.write(self._row(item) if isinstance(item, Found) else item)
+    def keep(self, item: Found | Dropped, settings: Source) -> None:
+        self._output.write(self._row(item, settings) if isinstance(item, Found) else item)
 
-    def _row(self, found: Found) -> Pair | Dropped:
+    def _row(self, found: Found, settings: Source) -> Pair | Dropped:
         id_ = found.pair.id
         if id_ in self._ids:
             return Dropped(id_, "duplicate_id", "a row before it has the same id")
         try:
-            stored = [self._picture(read(), id_) for read in found.pictures]
+            stored = [_picture(read(), id_, settings) for read in found.pictures]
         except BadSample as error:
-            return refused(error)
+            return replace(refused(error), id=id_)
         self._ids.add(id_)
         for image, notes in stored:
             self._output.notes.update(f"image_{note}" for note in notes)
@@ -143,9 +189,13 @@ class _Keeper:
                 self._images.write(image.row(), len(image.data))
         return replace(found.pair, image_ids=tuple(image.id for image, _ in stored))
 
-    def _picture(self, data: bytes, owner: str) -> tuple[StoredImage, tuple[str, ...]]:
-        if is_dicom(data):
-            picture, how = read_dicom(data, owner, self._window)
-            refuse_blank(picture, owner)
-            return store_pixels(picture), (how,)
-        return store_encoded(data, owner)
+
+def _picture(data: bytes, owner: str, settings: Source) -> tuple[StoredImage, tuple[str, ...]]:
+    if is_dicom(data):
+        picture, how = read_dicom(data, owner, settings.window)
+        refuse_blank(picture, owner)
+        return store_pixels(picture), (how,)
+    if settings.window is not None and (deep := read_deep(data, *settings.window, settings.intercept)) is not None:
+        refuse_blank(deep, owner)
+        return store_pixels(deep), ("deep_window_given",)
+    return store_encoded(data, owner)

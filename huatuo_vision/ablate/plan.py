@@ -218,8 +218,8 @@ def _smallest_differences(loaded: LoadedSet) -> Table:
     table.caption = "points that one seed shows four times out of five, if 20 % of the answers differ"
     for name in loaded.benchmarks:
         n = BENCHMARKS[name].expected_n
-        smallest = statistics.smallest_detectable_difference(n)
-        table.add_row(name, f"{n:,}", "–" if smallest is None else f"{100 * smallest:.1f}")
+        smallest = statistics.smallest_detectable_difference(n or 0)
+        table.add_row(name, "–" if n is None else f"{n:,}", "–" if smallest is None else f"{100 * smallest:.1f}")
     return table
 
 

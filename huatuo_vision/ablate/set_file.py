@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, model_validator
 
+from huatuo_vision.evaluation.benchmarks import chosen_benchmarks
 from huatuo_vision.evaluation.protocols import PROTOCOLS
-from huatuo_vision.evaluation.run import chosen_benchmarks
 from huatuo_vision.recipe import NAME, Recipe, Strict, first_sentence, load_recipe, read_yaml, refuse
 from huatuo_vision.schema import UserError
 

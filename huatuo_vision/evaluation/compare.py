@@ -17,9 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from huatuo_vision.evaluation import statistics
+from huatuo_vision.evaluation.reasoning import with_labels
 from huatuo_vision.evaluation.responses import RESPONSES_FILE, Response, read_responses, write_whole
 from huatuo_vision.evaluation.scorers import Verdict
-from huatuo_vision.evaluation.scores import group_indices, is_rotated
+from huatuo_vision.evaluation.scores import group_indices
+from huatuo_vision.evaluation.variants import is_original
 from huatuo_vision.schema import UserError
 
 COMPARISON_FILE = "comparison.json"
@@ -41,10 +43,10 @@ class Result:
 
     @property
     def rows(self) -> dict[str, dict[str, tuple[Response, str]]]:
-        """benchmark -> id -> answer and verdict. Rotated rows are left out: they repeat others."""
+        """benchmark -> id -> answer and verdict. Variants are left out: they repeat others."""
         found: dict[str, dict[str, tuple[Response, str]]] = {}
         for answer, verdict in zip(self.answers, self.verdicts, strict=True):
-            if not is_rotated(answer):
+            if is_original(answer):
                 found.setdefault(answer["benchmark"], {})[answer["id"]] = (answer, verdict.verdict)
         return found
 
@@ -133,7 +135,7 @@ def read(folder: Path) -> Result:
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}; eval.py --out {folder} writes it when it is done")
     scores = _read_scores(folder / SCORES_FILE)
-    answers = read_responses(folder / RESPONSES_FILE)
+    answers = with_labels(folder, read_responses(folder / RESPONSES_FILE))
     verdicts = _read_verdicts(folder / VERDICTS_FILE)
     keys = [(answer["benchmark"], answer["id"]) for answer in answers]
     if missing := [key for key in keys if key not in verdicts]:

@@ -39,7 +39,7 @@ _BUNDLE = "FreedomIntelligence/Medical_Multimodal_Evaluation_Data"
 _PMC, _MMMU, _PRO = "RadGenome/PMC-VQA", "MMMU/MMMU", "MMMU/MMMU_Pro"
 _HEALTH = "Health & Medicine"
 
-# Benchmark -> the Hub's data set. What is made on the spot (the phantoms) has none and is not written.
+# Benchmark -> the Hub's data set. The phantoms and what a user brings have none: not written.
 DATASETS = {
     "vqa-rad": HubDataset("flaviagiammarino/vqa-rad", "test"),
     "pathvqa": HubDataset("flaviagiammarino/path-vqa", "test"),
@@ -57,6 +57,7 @@ DATASETS = {
     "mmmu-pro-medical-vision": HubDataset(_PRO, "test", f"{_HEALTH}, vision"),
     "medxpertqa-mm": HubDataset("TsinghuaC3I/MedXpertQA", "test", "MM"),
     "gmai-mmbench-val": HubDataset("VLMEval/GMAI-MMBench", "validation"),
+    "medthinkvqa": HubDataset("bio-nlp-umass/MedThinkVQA", "test"),
     "huatuo-vqa-rad": HubDataset(_BUNDLE, "test", "VQA-RAD_test"),
     "huatuo-slake": HubDataset(_BUNDLE, "test", "SLAKE_test"),
     "huatuo-pathvqa": HubDataset(_BUNDLE, "test", "PathVQA_test"),

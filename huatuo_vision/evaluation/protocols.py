@@ -10,10 +10,11 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from huatuo_vision.evaluation.rows import Benchmark, Row
+from huatuo_vision.evaluation.rows import HIDDEN, Benchmark, Row
+from huatuo_vision.schema import UserError
 
 PROMPTS = Path(__file__).parent / "prompts"
 
@@ -40,6 +41,21 @@ class Protocol:
     open_rule: str
     rules_version: int  # goes up whenever one of its rules would read any reply differently
     note: str  # its known defects; shown beside every number
+    withhold_options: bool = False  # rows with options are asked openly; the gold option's text is what is accepted
+    explains: bool = False  # its prompt asks for reasons, which a rubric judge may then mark
+
+    def asked(self, row: Row) -> Row:
+        """The row as this protocol asks it. Raises UserError for options that can't be withheld."""
+        if not self.withhold_options or row.options is None:
+            return row
+        if row.extra.get("options_in_image"):
+            raise UserError(
+                f"{row.benchmark} shows its options in the picture, so --protocol {self.name} can't withhold them; "
+                "choose another protocol"
+            )
+        answer = row.answer if row.answer == HIDDEN else row.options[string.ascii_uppercase.index(row.answer)]
+        extra = {**row.extra, "withheld_options": list(row.options)}
+        return replace(row, question_type="open", options=None, answer=answer, extra=extra)
 
     def render(self, row: Row) -> str:
         """The text a model is asked, images apart."""
@@ -71,7 +87,9 @@ class Protocol:
         return _digest(self._identity() | rows)
 
     def _identity(self) -> dict[str, object]:
-        return {key: value for key, value in asdict(self).items() if key != "note"}
+        identity = {key: value for key, value in asdict(self).items() if key not in ("note", "explains")}
+        # Protocols that show the options keep the hash that they had before any withheld them.
+        return identity if self.withhold_options else {k: v for k, v in identity.items() if k != "withhold_options"}
 
 
 def _digest(values: Mapping[str, object]) -> str:
@@ -142,6 +160,35 @@ PROTOCOLS = {
                 "substring ('abnormal' contains 'no'); the accuracy of open questions is token recall, which rewards "
                 "long replies."
             ),
+        ),
+        Protocol(
+            name="open",
+            prompts={"open": _prompt("short")},
+            option="{letter}. {text}",
+            decoding=Decoding(max_new_tokens=32),
+            choice_rule="default",
+            open_rule="default",
+            rules_version=3,
+            note=(
+                "Greedy. No option is shown: the right option's text is the accepted answer. A question that points at "
+                "its options (which of the following) can't be answered so, and counts as wrong; read token recall "
+                "beside the accuracy, which asks for the same words."
+            ),
+            withhold_options=True,
+        ),
+        Protocol(
+            name="explain",
+            prompts={"multiple-choice": _prompt("explain"), "open": _prompt("short")},
+            option="{letter}. {text}",
+            decoding=Decoding(max_new_tokens=1024),
+            choice_rule="answer-line",
+            open_rule="default",
+            rules_version=1,
+            note=(
+                "Greedy. Choose one option, then explain. The lines that begin with 'Answer' are what is read, and the "
+                "whole reply only where there is none; lines that name different options are unparsed."
+            ),
+            explains=True,
         ),
     )
 }

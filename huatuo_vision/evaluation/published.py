@@ -1,7 +1,10 @@
-"""The numbers that HuatuoGPT-Vision's paper and repository print, as data, each with its known flaw. No torch here.
+"""The numbers that the papers print, as data, each with its known flaw. No torch here.
 
-Source: arXiv 2406.19280, tables 2, 3, 4 and 8, and the repository's README for the 7B model. A number stands beside
-ours only with its standing: the same rows under the same protocol, or not.
+HuatuoGPT-Vision: arXiv 2406.19280, tables 2, 3, 4 and 8, and the repository's README for the 7B model. A number stands
+beside ours only with its standing: the same rows under the same protocol, or not.
+
+SemiHVision: arXiv 2410.14948. Of its tables only the abstract's headline is known here: means of four benchmarks, and
+"GPT-4 scores" on JAMA's cases. Neither says enough to be compared with, and what is missing stands with each.
 """
 
 from __future__ import annotations
@@ -190,6 +193,55 @@ RELATED = {
     "pmc-vqa": "huatuo-pmc-vqa",
     "omnimedvqa": "huatuo-omnimedvqa",
     "mmmu-medical-val": "huatuo-mmmu-val",
+}
+
+# -- SemiHVision -----------------------------------------------------------------------------------------------------
+
+SEMIHVISION = "arXiv 2410.14948, abstract"
+PMC_CAMBRIAN = "PMC-Cambrian-8B-AN"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A printed number that nothing here can be set beside with a clear conscience, and why."""
+
+    model: str
+    value: float  # a share of 1 for a mean, 0 to 5 for a rubric
+    unknown: str
+
+
+_MEAN_OF_FOUR = "Rows, prompt and cells of its four benchmarks are not known here"
+# Set of benchmarks -> means over its four.
+MEANS = {
+    "vqa-letters": (
+        Target(
+            PMC_CAMBRIAN,
+            0.790,
+            f"{_MEAN_OF_FOUR}, nor whether their training splits were trained on, as a later version's table says.",
+        ),
+        Target(
+            HUATUO_34B,
+            0.667,
+            "The mean of HuatuoGPT-Vision's own four numbers (66.675), so almost certainly copied: letters, bundle.",
+        ),
+        Target("Claude3-Opus", 0.557, f"{_MEAN_OF_FOUR}."),
+    )
+}
+_JAMA = (
+    "Unknown: the judge's version, temperature and repeats, how three lists become one score, how many cases, and any "
+    "interval. If it is a mean of 0 to 5, {}"
+)
+# Benchmark -> rubric scores, 0 to 5.
+RUBRIC_SCORES = {
+    "jama-clinical-challenge": (
+        Target(
+            PMC_CAMBRIAN,
+            1.29,
+            _JAMA.format("it is 2.6 of 10 items. JAMA is among its data set's own sources: test cases may be in it."),
+        ),
+        Target("Claude3-Opus", 1.17, _JAMA.format("the winner's margin is 0.2 of an item.")),
+        Target(HUATUO_34B, 1.13, _JAMA.format("the winner's margin is 0.3 of an item.")),
+    )
 }
 
 

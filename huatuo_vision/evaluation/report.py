@@ -16,9 +16,20 @@ from rich.table import Table
 from rich.text import Text
 
 from huatuo_vision.evaluation import pictures as stored_pictures
-from huatuo_vision.evaluation.published import HEADLINE, Published, Standing, cell, published_for
+from huatuo_vision.evaluation.published import (
+    HEADLINE,
+    MEANS,
+    RUBRIC_SCORES,
+    Published,
+    Standing,
+    Target,
+    cell,
+    published_for,
+)
 from huatuo_vision.evaluation.report_samples import ROWS_PER_BENCHMARK, Answer, Answered, choose, describe, picture_uris
 from huatuo_vision.evaluation.responses import write_whole
+from huatuo_vision.evaluation.rubric import COMPONENTS, MOST_MARKS
+from huatuo_vision.evaluation.variants import CONTROLS, WHOLE, is_original
 from huatuo_vision.html import encodable, render_page
 
 if TYPE_CHECKING:
@@ -52,6 +63,26 @@ class GroupTable:
 
 
 @dataclass(frozen=True, slots=True)
+class ConditionLine:
+    """What is reached on clinical cases, by choice and by explanation: asked whole, or with less to see."""
+
+    name: str
+    tally: Mapping[str, Any] | None  # None where its answers have no gold
+    gain: Mapping[str, Any] | None  # of a control: how much the whole question adds
+    marks: Mapping[str, Any] | None  # a condition of the rubric
+    overlap: Mapping[str, Any] | None  # a condition of the concepts
+
+
+@dataclass(frozen=True, slots=True)
+class SetLine:
+    """The mean over several benchmarks, and what was printed of it."""
+
+    name: str
+    mean: Mapping[str, Any]
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """One benchmark, as the tables show it."""
 
@@ -66,6 +97,8 @@ class Section:
     standing: Standing | None
     headline: tuple[tuple[str, Published], ...]  # short name, number
     tables: tuple[GroupTable, ...]
+    conditions: tuple[ConditionLine, ...]  # of clinical cases; none elsewhere
+    targets: tuple[Target, ...]  # printed rubric scores
 
 
 def write_reports(
@@ -77,6 +110,7 @@ def write_reports(
     other: Answered | None = None,
     *,
     picture_folders: Sequence[Path] | None = None,
+    marks: Mapping[tuple[str, str], Mapping[str, float]] | None = None,
 ) -> None:
     """Write `report.md` and `report.html` into `out`.
 
@@ -86,6 +120,7 @@ def write_reports(
         comparison: the content of comparison.json.
         other: answers and verdicts of the comparison's second result.
         picture_folders: where <sha256>.jpg are looked for; without it, `<out>/images`.
+        marks: benchmark, id -> what a judge and a list of terms gave to that answer.
     """
     values = {
         "scores": scores,
@@ -93,9 +128,11 @@ def write_reports(
         "comparison": comparison,
         "labels": labels(comparison),
         "open_metrics": OPEN_METRICS,
+        "components": COMPONENTS,
+        "sets": set_lines(scores),
     }
     write_whole(out / "report.md", render_markdown(HERE / "report.md.jinja", **values))
-    rows = describe(choose(answers, verdicts, comparison, other), answers, verdicts, comparison, other)
+    rows = describe(choose(answers, verdicts, comparison, other), answers, verdicts, comparison, other, marks)
     folders = [out / stored_pictures.FOLDER] if picture_folders is None else picture_folders
     samples = {
         "rows": rows,
@@ -121,10 +158,38 @@ def labels(comparison: Mapping[str, Any] | None) -> tuple[str, str]:
     return ("sighted", "blind") if comparison and comparison["kind"] == "blind" else ("A", "B")
 
 
+# What a result of an earlier version does not have.
+_LATER = dict.fromkeys(("controls", "rubric", "concepts", "reasoning"))
+
+
 def sections(scores: Mapping[str, Any], comparison: Mapping[str, Any] | None = None) -> tuple[Section, ...]:
     pairs = comparison["benchmarks"] if comparison else {}
     protocol = scores["protocol"]["name"]
-    return tuple(_section(name, entry, pairs.get(name), protocol) for name, entry in scores["benchmarks"].items())
+    entries = {name: _LATER | entry for name, entry in scores["benchmarks"].items()}
+    return tuple(_section(name, entry, pairs.get(name), protocol) for name, entry in entries.items())
+
+
+def set_lines(scores: Mapping[str, Any]) -> tuple[SetLine, ...]:
+    return tuple(SetLine(name, mean, MEANS.get(name, ())) for name, mean in scores.get("sets", {}).items())
+
+
+def _conditions(entry: Mapping[str, Any]) -> tuple[ConditionLine, ...]:
+    controls = entry.get("controls") or {}
+    rubric = (entry.get("rubric") or {}).get("conditions", {})
+    concepts = (entry.get("concepts") or {}).get("conditions", {})
+    names = [name for name in (WHOLE, *CONTROLS) if name in controls or name in rubric or name in concepts]
+    if controls and WHOLE not in names:
+        names.insert(0, WHOLE)
+    return tuple(
+        ConditionLine(
+            name=name,
+            tally=entry if name == WHOLE else controls.get(name),
+            gain=controls.get(name),
+            marks=rubric.get(name),
+            overlap=concepts.get(name),
+        )
+        for name in names
+    )
 
 
 def _section(name: str, entry: Mapping[str, Any], pair: Mapping[str, Any] | None, protocol: str) -> Section:
@@ -147,6 +212,8 @@ def _section(name: str, entry: Mapping[str, Any], pair: Mapping[str, Any] | None
         standing=standing,
         headline=headline,
         tables=tuple(_group_tables(entry, pair, headline)),
+        conditions=_conditions(entry),
+        targets=RUBRIC_SCORES.get(name, ()),
     )
 
 
@@ -188,7 +255,7 @@ def _group_table(
 
 def _shown(rows: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> dict[str, tuple[int, int]]:
     """benchmark -> (rows in the page, rows in all)."""
-    originals = [answer["benchmark"] for answer in answers if not answer.get("rotation")]
+    originals = [answer["benchmark"] for answer in answers if is_original(answer)]
     inside = [row["benchmark"] for row in rows]
     return {name: (inside.count(name), originals.count(name)) for name in dict.fromkeys(originals)}
 
@@ -234,6 +301,21 @@ def count(number: int | None) -> str:
     return "–" if number is None else f"{number:,}"
 
 
+def mark(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def mark_interval(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
+
+
+def states(component: Mapping[str, Any]) -> str:
+    """What became of the replies that are no mark; nothing where all were one."""
+    said = {"empty": "empty answer (0)", "no_list": "no list", "prose": "no number", "out_of_range": "out of range"}
+    found = [f"{component['states'][state]} {text}" for state, text in said.items() if component["states"].get(state)]
+    return ", ".join(found)
+
+
 def p_value(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -254,6 +336,9 @@ FILTERS = {
     "points": points,
     "magnitude": magnitude,
     "points_interval": points_interval,
+    "mark": mark,
+    "mark_interval": mark_interval,
+    "states": states,
     "p_value": p_value,
     "count": count,
     "words": words,
@@ -299,7 +384,12 @@ def show(scores: Mapping[str, Any], out: Path, console: Console) -> None:
         for table in section.tables:
             if table.name == section.entry["macro_over"]:
                 console.print(_breakdown(section, table))
-    for table in (_open_table(found), _rotation_table(found), _calibration_table(found)):
+        if section.conditions:
+            console.print(_choice_table(section))
+            if (explanation := _explanation_table(section)) is not None:
+                console.print(explanation)
+    tables = _open_table(found), _rotation_table(found), _calibration_table(found), _reasoning_table(found)
+    for table in (*tables, _set_table(set_lines(scores))):
         if table is not None:
             console.print(table)
     for section in found:
@@ -375,6 +465,61 @@ def _open_table(found: Sequence[Section]) -> Table | None:
     table = _table("open questions", "benchmark", "n", *OPEN_METRICS.values())
     for name, entry in entries:
         _add(table, name, entry["n"], *(percent(entry[metric]["mean"]) for metric in OPEN_METRICS))
+    return table
+
+
+def _choice_table(section: Section) -> Table:
+    """Cases asked whole and with less to see, by the option chosen."""
+    table = _table(f"{section.name}: choice", "asked", "n", "accuracy", "95 % interval", "whole gains, points")
+    for line in section.conditions:
+        tally = line.tally or {"n": None, "accuracy": None, "ci95": None}
+        gain = points(line.gain["gain"]) if line.gain else "–"
+        _add(table, line.name, count(tally["n"]), percent(tally["accuracy"]), interval(tally["ci95"]), gain)
+    return table
+
+
+def _explanation_table(section: Section) -> Table | None:
+    """The same cases, by what is made of the explanation."""
+    rubric, concepts = section.entry["rubric"], section.entry["concepts"]
+    if not rubric and not concepts:
+        return None
+    columns = [*COMPONENTS.values(), "mean of these"] if rubric else []
+    table = _table(f"{section.name}: explanation", "asked", *columns, *(["concept F1"] if concepts else []))
+    table.columns[0].no_wrap = True
+    if rubric:
+        table.caption = f"marks of 0 to {MOST_MARKS:g} by {rubric['model']}; the mean of the three is ours"
+    for line in section.conditions:
+        cells = []
+        if rubric:
+            components = line.marks["components"] if line.marks else {}
+            cells = [mark(components.get(component, {}).get("mean")) for component in COMPONENTS]
+            cells.append(mark(line.marks["mean"]["mean"] if line.marks else None))
+        if concepts:
+            cells.append(percent(_f1(line.overlap)))
+        _add(table, line.name, *cells)
+    return table
+
+
+def _f1(overlap: Mapping[str, Any] | None) -> float | None:
+    return overlap["f1"]["mean"] if overlap and overlap["f1"] else None
+
+
+def _reasoning_table(found: Sequence[Section]) -> Table | None:
+    entries = [(section.name, section.entry["reasoning"]) for section in found if section.entry.get("reasoning")]
+    if not entries:
+        return None
+    table = _table("knowledge and inference", "benchmark", "n", "inference", "95 % interval", "unsorted")
+    for name, entry in entries:
+        _add(table, name, count(entry["n"]), percent(entry["inference"]), interval(entry["ci95"]), entry["unlabelled"])
+    return table
+
+
+def _set_table(lines: Sequence[SetLine]) -> Table | None:
+    if not lines:
+        return None
+    table = _table("means over benchmarks", "set", "benchmarks", "mean", "95 % interval")
+    for line in lines:
+        _add(table, line.name, len(line.mean["members"]), percent(line.mean["mean"]), interval(line.mean["ci95"]))
     return table
 
 

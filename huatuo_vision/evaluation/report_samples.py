@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huatuo_vision.evaluation.rows import HIDDEN
+from huatuo_vision.evaluation.variants import is_original
 
 if TYPE_CHECKING:
     from huatuo_vision.evaluation.scorers import Verdict
@@ -38,7 +39,7 @@ def choose(
     graded = {key_of(verdict): verdict.verdict for verdict in verdicts}
     flips = _flips(graded, comparison, other)
     by_benchmark: dict[str, list[Key]] = defaultdict(list)
-    for key in (_key(answer) for answer in answers if not answer.get("rotation")):
+    for key in (_key(answer) for answer in answers if is_original(answer)):
         if key in graded:
             by_benchmark[key[0]].append(key)
 
@@ -59,24 +60,24 @@ def describe(
     verdicts: Sequence[Verdict],
     comparison: Mapping[str, Any] | None = None,
     other: Answered | None = None,
+    marks: Mapping[Key, Mapping[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """What the page shows of each row, ready for JSON."""
+    """What the page shows of each row, ready for JSON. marks: what a judge and a list of terms gave to its answer."""
     by_key = {_key(answer): answer for answer in answers}
     graded = {key_of(verdict): verdict for verdict in verdicts}
     flips = _flips({key: verdict.verdict for key, verdict in graded.items()}, comparison, other)
     second = _second(other)
-    rotated: dict[Key, list[Answer]] = defaultdict(list)
+    variants: dict[Key, list[Answer]] = defaultdict(list)
     for answer in answers:
-        if answer.get("rotation"):
-            rotated[answer["benchmark"], answer.get("rotation_of")].append(answer)
+        if not is_original(answer) and _key(answer) in graded:
+            variants[answer["benchmark"], answer.get("rotation_of") or answer.get("control_of")].append(answer)
     shown = []
     for key in keys:
         row = _described(by_key[key], graded[key])
-        row["rotated"] = [
-            {"by": answer["rotation"], "verdict": graded[_key(answer)].verdict}
-            for answer in rotated[key]
-            if _key(answer) in graded
-        ]
+        of_row = [(answer, graded[_key(answer)].verdict) for answer in variants[key]]
+        row["rotated"] = [{"by": a["rotation"], "verdict": verdict} for a, verdict in of_row if a.get("rotation")]
+        row["controls"] = [{"name": a["control"], "verdict": verdict} for a, verdict in of_row if a.get("control")]
+        row["metrics"] |= {name: round(value, 3) for name, value in (marks or {}).get(key, {}).items()}
         row["flip"] = flips.get(key)
         row["other"] = second.get(key)
         shown.append(row)
@@ -151,6 +152,7 @@ def _described(answer: Answer, verdict: Verdict) -> dict[str, Any]:
         "verdict": verdict.verdict,
         "groups": {**answer["groups"], "question_type": answer["question_type"]},
         "images": list(answer["image_sha256"]),
+        "reference": _cut(answer["reference"]) if isinstance(answer.get("reference"), str) else None,
         "notes": [str(note) for note in answer.get("notes") or ()],
         "metrics": {name: round(value, 3) for name, value in (verdict.metrics or {}).items()},
         "likelihood": {

@@ -39,6 +39,7 @@ class Header:
     limit: int | None
     scoring: str  # generate or likelihood
     rotated: bool  # whether every order of the options was asked
+    controls: bool = False  # whether questions were asked with less to see besides
 
 
 def claim_folder(out: Path, header: Header) -> None:

@@ -14,6 +14,9 @@ QuestionType = Literal["multiple-choice", "open"]
 # The gold answer of a row whose answer the benchmark hides.
 HIDDEN = "?"
 
+# The group that says what a question asks for, and its two values.
+REASONING, KNOWLEDGE, INFERENCE = "reasoning", "knowledge", "inference"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -22,7 +25,8 @@ class Row:
     `options` and a letter as `answer` for multiple choice (yes/no questions are multiple choice between "Yes" and
     "No"); None and the accepted strings for open ones; HIDDEN where the benchmark keeps the answer to itself.
     `extra` goes into the responses file as it is (a case id under `case` joins rows of one patient in the
-    bootstrap; `notes`, a list of strings, says what the loader changed).
+    bootstrap; `notes`, a list of strings, says what the loader changed; `reference` is what a rubric judge holds an
+    explanation against). The group `reasoning` is "knowledge" or "inference".
     """
 
     benchmark: str
@@ -54,10 +58,11 @@ class Benchmark:
     name: str
     title: str
     row_filter: str  # in words; part of the protocol's hash
-    expected_n: int  # rows, hidden and open ones included
+    expected_n: int | None  # rows, hidden and open ones included; None where no number is published
     macro_over: str  # the group over whose values the macro average is taken
     note: str  # what a reader of a number must know; shown beside it
     load: Callable[[Path | None], Loaded]
+    controls: tuple[str, ...] = ()  # of variants.CONTROLS: how its rows are asked besides, unless one says otherwise
 
 
 def by_name(benchmarks: Iterable[Benchmark]) -> dict[str, Benchmark]:

@@ -48,6 +48,23 @@ def default_choice(response: Mapping[str, Any]) -> Graded:
     return Graded(parsed, parsed == response["answer"])
 
 
+_ANSWER_LINE = re.compile(r"^\W*(?:final\s+|correct\s+|best\s+)*answer\b.*", re.IGNORECASE | re.MULTILINE)
+
+
+def answer_line(response: Mapping[str, Any]) -> Graded:
+    """The option that the lines beginning with "Answer" name; the whole reply where there is no such line.
+
+    An explanation speaks of the other options too, so it is not read. Lines that name different options choose none.
+    """
+    question, options = response.get("question") or "", response["options"]
+    lines = _ANSWER_LINE.findall(clean(response["response"]))
+    if not lines:
+        return default_choice(response)
+    said = {parse_choice(line, options, question) for line in lines} - {None}
+    parsed = said.pop() if len(said) == 1 else None
+    return Graded(parsed, parsed == response["answer"])
+
+
 def default_open(response: Mapping[str, Any]) -> Graded:
     reply = response["response"]
     right = open_answers.same_answer(reply, _accepted(response))

@@ -14,21 +14,32 @@ from rich.table import Table
 
 from huatuo_vision.evaluation import (
     compare,
+    concepts,
     hub_results,
+    human_marks,
+    judge_client,
+    judges,
     pictures,
+    reasoning,
     report,
     report_samples,
     responses,
-    rotations,
+    rubric,
     scorers,
     scores,
     self_test,
 )
 from huatuo_vision.evaluation.answers import check_images, response_of
 from huatuo_vision.evaluation.benchmarks import BENCHMARKS, SETS
+from huatuo_vision.evaluation.judge_client import Judge
 from huatuo_vision.evaluation.protocols import PROTOCOLS, Protocol
 from huatuo_vision.evaluation.rows import HIDDEN, Benchmark, Loaded, Row
+from huatuo_vision.evaluation.variants import OPTIONS_ONLY, TEXT_ONLY, is_original, with_controls, with_rotations
 from huatuo_vision.schema import UserError
+
+# What the rubric leaves in the evaluation folder: every mark, and the prompts that it was made with.
+RUBRIC_FILE = "rubric.jsonl"
+PROMPTS_FILE = "judge-prompts.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +57,7 @@ class Question:
     batch_size: int
     rotate_options: bool
     scoring: str
-
-
-def chosen_benchmarks(named: Sequence[str]) -> dict[str, Path | None]:
-    """`NAME` or `NAME=PATH`, a set standing for its members; raises UserError for a name that is none."""
-    chosen: dict[str, Path | None] = {}
-    for argument in named:
-        name, _, path = argument.partition("=")
-        if name not in BENCHMARKS and name not in SETS:
-            raise UserError(
-                f"--benchmarks {name}: no such benchmark; expected of {', '.join(BENCHMARKS)}, or one of the sets "
-                f"{', '.join(SETS)}"
-            )
-        if path and not Path(path).exists():
-            raise UserError(f"--benchmarks {argument}: {path} does not exist; give the folder or file of its data")
-        chosen |= {member: Path(path) if path else None for member in SETS.get(name, (name,))}
-    return chosen
+    controls: bool = True  # ask those benchmarks that have them with less to see too
 
 
 def prove_rules(benchmarks: Mapping[str, Path | None], console: Console) -> bool:
@@ -80,7 +76,8 @@ def prove_rules(benchmarks: Mapping[str, Path | None], console: Console) -> bool
 def show_benchmarks(console: Console) -> None:
     table = Table("name", "rows", "what", title="benchmarks")
     for benchmark in BENCHMARKS.values():
-        table.add_row(benchmark.name, f"{benchmark.expected_n:,}", benchmark.title)
+        n = "–" if benchmark.expected_n is None else f"{benchmark.expected_n:,}"
+        table.add_row(benchmark.name, n, benchmark.title)
     for name, members in SETS.items():
         table.add_row(name, f"{sum(BENCHMARKS[member].expected_n for member in members):,}", ", ".join(members))
     console.print(table)
@@ -162,8 +159,17 @@ def _load(question: Question) -> dict[str, Loaded]:
 
 
 def _rows(question: Question, loaded: Mapping[str, Loaded]) -> list[Row]:
-    rows = [row for name in loaded for row in loaded[name].rows[: question.limit]]
-    return rotations.with_rotations(rows) if question.rotate_options else rows
+    rows = [row for name in loaded for row in _rows_of(question, name, loaded[name].rows[: question.limit])]
+    return with_rotations(rows) if question.rotate_options else rows
+
+
+def _rows_of(question: Question, name: str, rows: Sequence[Row]) -> list[Row]:
+    controls = list(BENCHMARKS[name].controls) if question.controls else []
+    if question.blind and TEXT_ONLY in controls:
+        controls.remove(TEXT_ONLY)  # the whole question is its text already
+    if question.protocol.withhold_options and OPTIONS_ONLY in controls:
+        controls.remove(OPTIONS_ONLY)
+    return [question.protocol.asked(row) for row in with_controls(rows, controls)]
 
 
 def _open_rows(out: Path, rows: Sequence[Row]) -> list[Row]:
@@ -191,17 +197,29 @@ def _header(
         limit=question.limit,
         scoring=question.scoring,
         rotated=question.rotate_options,
+        controls=question.controls and any(BENCHMARKS[name].controls for name in question.benchmarks),
     )
 
 
-def score(
-    out: Path,
-    protocol: Protocol,
-    rows: Sequence[Row] = (),
-    *,
-    judge: str | None = None,
-    judge_url: str | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What is said of the answers beside their grades; none of it changes one."""
+
+    judge: str | None = None  # name of the judge model
+    judge_url: str | None = None
+    judge_cache: Path | None = None  # None: in the evaluation folder
+    judge_repeats: int = 1  # of the rubric
+    human_sheet: Path | None = None
+    concepts: Path | None = None
+    reasoning: str | None = None  # a sheet's path, or reasoning.BY_JUDGE
+
+    def judge_in(self, out: Path) -> Judge | None:
+        if self.judge is None:
+            return None
+        return Judge(self.judge, self.judge_url, self.judge_cache or out / judge_client.JUDGE_FILE)
+
+
+def score(out: Path, protocol: Protocol, rows: Sequence[Row] = (), extras: Extras | None = None) -> dict[str, Any]:
     """Grade `out`/responses.jsonl by the protocol's rules and write verdicts, scores and reports.
 
     rows: where the pictures of what was asked are to be had, for the report; none for answers from elsewhere.
@@ -209,21 +227,69 @@ def score(
     answers = responses.read_responses(out / responses.RESPONSES_FILE)
     if not answers:
         raise UserError(f"{out / responses.RESPONSES_FILE} holds no answers, so there is nothing to score")
-    header = responses.read_header(out)
+    extras = extras or Extras()
+    header, judge = responses.read_header(out), extras.judge_in(out)
     verdicts = [scorers.judge(answer, protocol) for answer in answers]
+    if extras.reasoning is not None:
+        reasoning.label(out, answers, extras.reasoning, judge)
+    answers = reasoning.with_labels(out, answers)
     facts = {name: _facts(name, header, protocol) for name in dict.fromkeys(answer["benchmark"] for answer in answers)}
-    result = scores.summarise(asdict(header), protocol, answers, verdicts, facts)
+    result = scores.summarise(asdict(header), protocol, answers, verdicts, facts, SETS)
+    result["reasoning"] = reasoning.source_of(out)
+    marks: dict[tuple[str, str], dict[str, float]] = {}
+    if extras.concepts is not None:
+        entries, overlaps = concepts.measure(answers, extras.concepts)
+        _add(result, "concepts", entries)
+        marks |= {key: {f"concept_{name}": value for name, value in own.items()} for key, own in overlaps.items()}
     if judge is not None:
-        from huatuo_vision.evaluation import judges
-
-        for name, entry in judges.judge_answers(answers, verdicts, judge, judge_url, out).items():
-            result["benchmarks"][name]["judge"] = entry
+        _add(result, "judge", judges.judge_answers(answers, verdicts, judge))
+        for key, own in _mark_explanations(out, protocol, answers, judge, extras, result).items():
+            marks[key] = own | marks.get(key, {})
     responses.write_whole(out / compare.VERDICTS_FILE, responses.json_lines([_verdict_line(v) for v in verdicts]))
     responses.write_whole(out / compare.SCORES_FILE, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     pictures.save_pictures(out, rows, report_samples.choose(answers, verdicts))
-    report.write_reports(out, result, answers, verdicts)
+    report.write_reports(out, result, answers, verdicts, marks=marks)
     _write_submissions(out, answers, verdicts)
     return result
+
+
+def _mark_explanations(
+    out: Path,
+    protocol: Protocol,
+    answers: Sequence[Mapping[str, Any]],
+    judge: Judge,
+    extras: Extras,
+    result: dict[str, Any],
+) -> dict[tuple[str, str], dict[str, float]]:
+    """Mark what has a reference by the rubric; the marks of each answer."""
+    names = list(dict.fromkeys(answer["benchmark"] for answer in answers if answer.get("reference")))
+    if not names:
+        return {}
+    if not protocol.explains:
+        said = f"{', '.join(names)}: protocol {protocol.name} asks for no explanation, so there is none to mark; for "
+        said += "the rubric, ask with --protocol explain"
+        Console(stderr=True).print(said, highlight=False, soft_wrap=True)
+        return {}
+    sheet = human_marks.read_human_sheet(extras.human_sheet) if extras.human_sheet is not None else None
+    marked = rubric.mark_answers(answers, judge, extras.judge_repeats)
+    entries = rubric.entries(marked)
+    for name, entry in entries.items():
+        if sheet is not None:
+            entry["human"] = human_marks.agreement(marked, sheet, name)
+    if sheet is not None and all(entry["human"] is None for entry in entries.values()):
+        raise UserError(
+            f"--human-sheet {extras.human_sheet} marks none of these answers; check its columns benchmark and id"
+        )
+    _add(result, "rubric", entries)
+    responses.write_whole(out / RUBRIC_FILE, responses.json_lines(rubric.lines(marked)))
+    responses.write_whole(out / PROMPTS_FILE, json.dumps(rubric.prompts(), indent=2, ensure_ascii=False) + "\n")
+    human_marks.write_human_sheet(out, marked)
+    return rubric.metrics(marked)
+
+
+def _add(result: dict[str, Any], key: str, entries: Mapping[str, Any]) -> None:
+    for name, entry in entries.items():
+        result["benchmarks"][name][key] = entry
 
 
 def add_to_card(model: str, result: Mapping[str, Any]) -> None:
@@ -244,7 +310,7 @@ def _write_submissions(out: Path, answers: Sequence[Mapping[str, Any]], verdicts
     """`submission-<benchmark>.json`, id -> answer, as the official servers of hidden answers take it."""
     hidden: dict[str, dict[str, str]] = {}
     for row, verdict in zip(answers, verdicts, strict=True):
-        if row["answer"] == HIDDEN and "rotation" not in row:
+        if row["answer"] == HIDDEN and is_original(row):
             hidden.setdefault(row["benchmark"], {})[row["id"]] = verdict.parsed or ""
     for name, content in hidden.items():
         path = out / f"submission-{name}.json"
@@ -289,6 +355,7 @@ def take_responses(file: Path, out: Path, protocol: Protocol) -> None:
         limit=beside.limit if beside else None,
         scoring=beside.scoring if beside else "generate",
         rotated=any("rotation" in answer for answer in answers),
+        controls=any("control" in answer for answer in answers),
     )
     responses.take(out, header, answers, source=file)
 

@@ -14,6 +14,7 @@ from huatuo_vision.schema import UserError
 
 CHOICE_RULES: dict[str, rules.Rule] = {
     "default": rules.default_choice,
+    "answer-line": rules.answer_line,
     "huatuo-first-letter": rules.huatuo_first_letter,
     "mmmu-official": rules.mmmu_choice,
     "llava-med-closed": rules.llava_med_closed,

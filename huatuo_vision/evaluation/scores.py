@@ -13,7 +13,8 @@ import numpy as np
 
 from huatuo_vision.evaluation import statistics
 from huatuo_vision.evaluation.protocols import Protocol
-from huatuo_vision.evaluation.rows import Benchmark
+from huatuo_vision.evaluation.rows import INFERENCE, REASONING, Benchmark
+from huatuo_vision.evaluation.variants import CONTROLS, is_original
 from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class BenchmarkFacts:
     name: str
     title: str
     revision: str | None  # of the data; None where nobody knows
-    expected_n: int | None  # rows, hidden and open ones included; None for a benchmark that the package doesn't know
+    expected_n: int | None  # rows, hidden and open ones included; None where nobody knows
     macro_over: str | None  # None: the group that the rows themselves suggest
     note: str
     protocol_hash: str
@@ -98,6 +99,7 @@ def summarise(
     answers: Sequence[Answer],
     verdicts: Sequence[Verdict],
     facts: Mapping[str, BenchmarkFacts],
+    sets: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The content of scores.json.
 
@@ -106,6 +108,7 @@ def summarise(
         answers: the objects of the responses file, in any order.
         verdicts: one for each answer, in the same order.
         facts: by benchmark, in the order of the result; a benchmark of the answers that it lacks counts as unknown.
+        sets: name -> benchmarks, to be averaged where all of them were answered.
     Raises:
         UserError for a row that stands there twice, a rotated row without its original, and a likelihood that is not
         one probability for each option.
@@ -124,7 +127,27 @@ def summarise(
             name: _score(facts.get(name) or BenchmarkFacts.unknown(name, protocol), pairs, header)
             for name, pairs in by_name.items()
         },
+        "sets": _set_means(by_name, sets or {}),
     }
+
+
+def _set_means(
+    by_name: Mapping[str, Sequence[tuple[Answer, Verdict]]], sets: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The unweighted mean of the members' accuracies, resampled within each member."""
+    means = {}
+    for name, members in sets.items():
+        rows = {
+            member: [p for p in by_name.get(member, ()) if is_original(p[0]) and p[1].verdict != "ungraded"]
+            for member in members
+        }
+        if not all(rows.values()):
+            continue
+        own = _Rows.of(pair for pairs in rows.values() for pair in pairs)
+        values = {member: [i for i, v in enumerate(own.verdicts) if v.benchmark == member] for member in members}
+        mean, ci95 = _macro(own, values)
+        means[name] = {"members": list(members), "n": len(own), "mean": mean, "ci95": ci95}
+    return means
 
 
 def _refuse_duplicates(answers: Sequence[Answer]) -> None:
@@ -138,8 +161,14 @@ def check_extras(answer: Answer) -> None:
     """Raises UserError where an extra key that has a meaning does not keep to it."""
     where = f"{answer['benchmark']} row {answer['id']!r}"
     options = answer["options"]
-    if is_rotated(answer) and (not isinstance(answer.get("rotation_of"), str) or is_open(answer) or not options):
+    if answer.get("rotation") and (not isinstance(answer.get("rotation_of"), str) or is_open(answer) or not options):
         raise UserError(f"{where} has a rotation but no options or no rotation_of; give the id of its original there")
+    control = answer.get("control")
+    if control and (control not in CONTROLS or not isinstance(answer.get("control_of"), str)):
+        raise UserError(
+            f"{where} is the control {str(control)[:40]!r} of {str(answer.get('control_of'))[:40]!r}; expected one of "
+            f"{', '.join(CONTROLS)} in control, and the id of its original in control_of"
+        )
     likelihood = answer.get("likelihood")
     if likelihood is not None and not all(_is_likelihood(likelihood, kind, options) for kind in LIKELIHOODS):
         raise UserError(
@@ -161,14 +190,9 @@ def is_open(answer: Answer) -> bool:
     return answer["question_type"] == "open"
 
 
-def is_rotated(answer: Answer) -> bool:
-    """Whether the row repeats another with its options in another order. Only the original counts."""
-    return bool(answer.get("rotation"))
-
-
 def _score(facts: BenchmarkFacts, pairs: Sequence[tuple[Answer, Verdict]], header: Mapping[str, Any]) -> dict[str, Any]:
     """One benchmark's entry."""
-    originals = [pair for pair in pairs if not is_rotated(pair[0])]
+    originals = [pair for pair in pairs if is_original(pair[0])]
     graded = _Rows.of(pair for pair in originals if pair[1].verdict != "ungraded")
     ungraded = len(originals) - len(graded)
     overall = _tally(graded)
@@ -205,14 +229,23 @@ def _score(facts: BenchmarkFacts, pairs: Sequence[tuple[Answer, Verdict]], heade
         "open": _open_metrics(graded),
         "baselines": _baselines(graded.answers),
         "rotation": _rotation(facts.name, pairs, graded),
+        "controls": _controls(facts.name, pairs, graded),
         "calibration": _calibration(graded.answers),
         "judge": None,
+        "rubric": None,
+        "concepts": None,
+        "reasoning": _reasoning(graded),
     }
 
 
 def _why_not_comparable(facts: BenchmarkFacts, answered: int, header: Mapping[str, Any]) -> str | None:
-    if facts.expected_n is None:
+    if facts.revision is None:
         return f"Not comparable: this package does not know {facts.name}; it is scored by the protocol alone."
+    if facts.expected_n is None:
+        return (
+            f"Not comparable: nobody says which rows make {facts.name}; it compares with results on the same data "
+            f"only, {facts.revision}."
+        )
     if header["limit"] is not None:
         return (
             f"Not comparable: {answered} rows answered under --limit {header['limit']}, "
@@ -326,7 +359,7 @@ def _rotation(name: str, pairs: Sequence[tuple[Answer, Verdict]], graded: _Rows)
     """
     repeats: dict[str, list[tuple[Answer, Verdict]]] = {}
     for answer, verdict in pairs:
-        if is_rotated(answer) and verdict.verdict != "ungraded":
+        if answer.get("rotation") and verdict.verdict != "ungraded":
             repeats.setdefault(answer["rotation_of"], []).append((answer, verdict))
     if not repeats:
         return None
@@ -345,6 +378,50 @@ def _rotation(name: str, pairs: Sequence[tuple[Answer, Verdict]], graded: _Rows)
         "ci95": list(statistics.mean_intervals([[mean] for mean in means], own.clusters)[0]),
         "consistency": sum(_is_consistent(row) for row in orders) / len(orders),
         "letter_bias": _letter_bias([pair for row in orders for pair in row]),
+    }
+
+
+def _controls(name: str, pairs: Sequence[tuple[Answer, Verdict]], graded: _Rows) -> dict[str, Any] | None:
+    """What is reached with less to see, over the rows asked that way, and how much the whole question adds to it."""
+    found: dict[str, dict[str, Verdict]] = {}
+    for answer, verdict in pairs:
+        if answer.get("control") and verdict.verdict != "ungraded":
+            found.setdefault(answer["control"], {})[answer["control_of"]] = verdict
+    if not found:
+        return None
+    originals = {verdict.id for verdict in graded.verdicts}
+    if strays := {row_id for verdicts in found.values() for row_id in verdicts} - originals:
+        raise UserError(
+            f"{name} row {min(strays)!r} is answered as a control only; add its answer to the whole question"
+        )
+    return {control: _control(found[control], graded) for control in CONTROLS if control in found}
+
+
+def _control(verdicts: Mapping[str, Verdict], graded: _Rows) -> dict[str, Any]:
+    own = graded.take([i for i, verdict in enumerate(graded.verdicts) if verdict.id in verdicts])
+    controlled = _Rows(own.answers, [verdicts[verdict.id] for verdict in own.verdicts], own.clusters)
+    whole, less = own.correct, controlled.correct
+    difference = np.subtract(whole, less, dtype=np.float64).mean()
+    return {
+        **_tally(controlled),
+        "gain": float(difference),
+        "gain_ci95": list(statistics.difference_interval(whole, less, own.clusters)),
+        "p": statistics.sign_flip_p(whole, less, own.clusters),
+    }
+
+
+def _reasoning(graded: _Rows) -> dict[str, Any] | None:
+    """How many questions ask for inference rather than knowledge, of those that say (the group `reasoning`)."""
+    labelled = [i for i, answer in enumerate(graded.answers) if answer["groups"].get(REASONING)]
+    if not labelled:
+        return None
+    own = graded.take(labelled)
+    infers = [answer["groups"][REASONING] == INFERENCE for answer in own.answers]
+    return {
+        "n": len(own),
+        "unlabelled": len(graded) - len(own),
+        INFERENCE: sum(infers) / len(own),
+        "ci95": list(statistics.rate_interval(infers, own.clusters)[0]),
     }
 
 

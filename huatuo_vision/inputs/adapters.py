@@ -43,7 +43,7 @@ CHINESE_CONVERSATIONS = {
 }
 # LLaVA-Med's 60K instruction file spells it like this.
 LLAVA_MED_CONVERSATIONS = "conversatons"
-META_KEYS = ("modality", "body_part")
+META_KEYS = ("modality", "body_part", "article", "case")
 
 
 class ImageNameError(ValueError):

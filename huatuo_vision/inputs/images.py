@@ -79,7 +79,9 @@ def load_image(ref: ImageRef, sample_id: str) -> LoadedImage:
             if orientation > 1:
                 ImageOps.exif_transpose(image, in_place=True)
                 notes.append("exif_rotated")
-            return LoadedImage(_to_rgb(image, notes, refuse), tuple(notes))
+            picture = _to_rgb(image, notes, refuse)
+            picture.info.clear()  # EXIF, comments and texts: whoever saves the picture would save some of them with it
+            return LoadedImage(picture, tuple(notes))
     except BadSample:
         raise
     except DECODE_ERRORS as error:

@@ -67,6 +67,7 @@ VERDICTS = pa.schema(
     ]
 )
 POOL_COLUMNS = ("row", "id", "tokens", "targets", "images")
+CONTENT = b"content"  # in the tables' metadata: a digest of the source's rows and images
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class Pool:
     tokens: np.ndarray  # (N,) int32, image features included
     targets: np.ndarray  # (N,) int32, supervised tokens
     images: np.ndarray  # (N,) int16
+    contents: tuple[str, ...]  # of each source, a digest of its rows and images
 
     def __len__(self) -> int:
         return len(self.row)
@@ -131,7 +133,9 @@ def prepare(
         raise problems[0]
     for name, table in verdicts.items():
         passed = table.append_column("row", pa.array(np.arange(len(table)))).filter(pc.equal(table["reason"], ""))
-        _write(_pool_table(out, name), lambda path, passed=passed: pq.write_table(passed.select(POOL_COLUMNS), path))
+        content = hashlib.sha256("".join(shard.content for shard in shards[name]).encode()).hexdigest()
+        kept = passed.select(POOL_COLUMNS).replace_schema_metadata({CONTENT: content})
+        _write(_pool_table(out, name), lambda path, kept=kept: pq.write_table(kept, path))
     return report
 
 
@@ -162,6 +166,7 @@ def load_pool(recipe: Recipe, phase_name: str, out: Path, seed: int) -> Pool:
         tokens=column("tokens", np.int32),
         targets=column("targets", np.int32),
         images=column("images", np.int16),
+        contents=tuple(pq.read_schema(path).metadata[CONTENT].decode() for path in paths.values()),
     )
 
 
@@ -174,6 +179,7 @@ class _Shard:
     start: int
     stop: int
     path: Path
+    content: str
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -182,9 +188,9 @@ class _Shard:
 def _shards(source: Source, encoder: Encoder, folder: Path) -> list[_Shard]:
     def shard(start: int) -> _Shard:
         stop = min(start + SHARD_ROWS, len(source))
-        parts = (source.content_keys(start, stop), encoder.fingerprint, str(PREPARE_VERSION))
-        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-        return _Shard(source.name, start, stop, folder / f"{key}.parquet")
+        content, timed = source.content_keys(start, stop)
+        key = hashlib.sha256("\0".join((timed, encoder.fingerprint, str(PREPARE_VERSION))).encode()).hexdigest()
+        return _Shard(source.name, start, stop, folder / f"{key}.parquet", content)
 
     # Every start of a run asks the file system about every image; over a network that is all waiting.
     with ThreadPoolExecutor(STAT_THREADS) as threads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,6 +161,8 @@ def markdown(report: PrepareReport) -> str:
     for source, reasons in report.dropped_ids.items():
         for reason, samples in reasons.items():
             first = "; ".join(f"{id_}: {explanation}" for id_, explanation in samples[:3])
+            # Ids and names are the data's: no markup, and no line of their own.
+            first = html.escape(" ".join(first.split()), quote=False)
             page.print(f"\n- {source}, {reason}, {len(samples):,}: {first}", markup=False)
     return page.file.getvalue()
 

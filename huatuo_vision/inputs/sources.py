@@ -6,21 +6,24 @@ of hundreds of MB are streamed once into such a file; a row that is malformed is
 
 from __future__ import annotations
 
-import bisect
 import hashlib
+import itertools
 import json
 import os
+import stat
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import ijson
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -43,14 +46,18 @@ TABLE_SUFFIXES = (".parquet", ".csv")
 DATA_SUFFIXES = (".json", ".jsonl", *TABLE_SUFFIXES)
 
 # Goes up whenever the same file would be converted differently.
-CONVERSION_VERSION = 1
-# One row as it stands in the file, its id, and what makes it unreadable (null for a row that is JSON).
-ROW_SCHEMA = pa.schema([("row", pa.binary()), ("id", pa.string()), ("problem", pa.string())])
+CONVERSION_VERSION = 2
+# One row as it stands in the file, its id, the names of its images, and what makes it unreadable (null for JSON).
+ROW_SCHEMA = pa.schema(
+    [("row", pa.binary()), ("id", pa.string()), ("images", pa.list_(pa.string())), ("problem", pa.string())]
+)
+FEW_FILES = 200
 BATCH_BYTES = 4 * 2**20
 ROWS_AT_A_TIME = 256
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MEMBER_SCHEMA = pa.schema(
     [
+        ("basename_hash", pa.uint64()),  # the order of the index: millions of names are looked up at every start
         ("basename", pa.string()),
         ("archive", pa.string()),
         ("member", pa.string()),
@@ -84,20 +91,30 @@ class Source:
         stored = self.rows[i].to_pylist()[0]
         return (stored["id"] if self.converted else row_id(stored, self.spec)) or f"row {i}"
 
-    def content_keys(self, start: int, stop: int) -> str:
-        """sha256 over what samples start to stop are made from: spec, rows, size and time (or CRC) of their images."""
+    def content_keys(self, start: int, stop: int) -> tuple[str, str]:
+        """sha256 over what samples start to stop are made from: spec, rows, names and sizes (or CRCs) of their images.
+
+        The second is of the images' times as well: it changes with an image that was replaced by one of its size, but
+        also with one that was only copied.
+        """
         digest = hashlib.sha256(self.spec.model_dump_json(exclude=set(OPERATIONAL_SOURCE_KEYS)).encode())
-        for stored in self._stored(start, stop):
-            if self.converted:
-                digest.update(stored["row"])
-                names = [] if stored["problem"] else _row_images(json.loads(stored["row"]), self.spec)
-            else:
-                digest.update(json.dumps(stored, default=_digest_of_bytes).encode())
-                names = _row_images(stored, self.spec)
-            for name in names:
-                digest.update(f"\0{name}\0{self.images.stamp(name)}".encode(errors="backslashreplace"))
-            digest.update(b"\n")
-        return digest.hexdigest()
+        if self.converted:
+            table = self.rows[start:stop]
+            rows, lists = (table[name].combine_chunks() for name in ("row", "images"))
+            digest.update(pc.binary_length(rows).to_numpy(zero_copy_only=False))
+            digest.update(_joined(rows))
+            digest.update(pc.list_value_length(lists).to_numpy(zero_copy_only=False))
+            names = lists.flatten().to_pylist()
+        else:
+            names = []
+            for stored in self._stored(start, stop):
+                digest.update(json.dumps(stored, default=_digest_of_bytes).encode() + b"\n")
+                names += _row_images(stored, self.spec)
+        stamps = self.images.stamps(names)
+        digest.update("\0".join([*names, *(size for size, _ in stamps)]).encode(errors="backslashreplace"))
+        timed = digest.copy()
+        timed.update("\0".join(time for _, time in stamps).encode())
+        return digest.hexdigest(), timed.hexdigest()
 
     def texts(self) -> Iterator[str]:
         """The text of every message, in order. Rows that make no sample are left out: preparation reports those."""
@@ -148,8 +165,7 @@ class ImageFinder:
 
         Raises ImageNameError for a name that leaves the folder, UserError where archives do not tell which is meant.
         """
-        given = PurePosixPath(name)
-        if given.is_absolute() or ".." in given.parts:
+        if _leaves_its_folder(name):
             raise ImageNameError(
                 f"names {name!r}, which leaves the folder of the images; write it relative to image_root"
             )
@@ -157,49 +173,87 @@ class ImageFinder:
             raise UserError(
                 f"rows name image files ({name!r}) but there is no image_root; set it to the folder that holds them"
             )
-        path = os.path.join(self.root, name)
-        if os.path.isfile(path):
-            return ImageRef(path=path)
-        if self.by_basename and os.path.isfile(junked := os.path.join(self.root, given.name)):
-            return ImageRef(path=junked)
-        member = self._member(name)
+        for path in self._paths(name):
+            if os.path.isfile(path):
+                return ImageRef(path=path)
+        member = self._members([name])[0]
         if member is not None:
-            return ImageRef(archive=os.path.join(self.root, member["archive"]), member=member["member"])
-        return ImageRef(path=path)
+            return ImageRef(archive=os.path.join(self.root, member.archive), member=member.name)
+        return ImageRef(path=os.path.join(self.root, name))
 
-    def stamp(self, name: str) -> str:
-        """Changes whenever the image does: size and time of a file, CRC and size of a member."""
-        try:
-            ref = self.find(name)
-        except ImageNameError:
-            return "refused"
-        if ref.archive is not None:
-            member = self._member(name)
-            return f"{member['crc']}:{member['size']}"
-        if not os.path.isfile(ref.path):
-            return "missing"
-        status = os.stat(ref.path)
-        return f"{status.st_size}:{status.st_mtime_ns}"
+    def stamps(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """Of each name, what changes with its image: size and time of a file; CRC and size of a member."""
+        if self.root is None:
+            return [("missing", "")] * len(names)
+        folders: dict[str, set[str] | None] = {}
+        stamps = [self._file_stamp(name, folders) for name in names]
+        elsewhere = [position for position, stamp in enumerate(stamps) if stamp is None]
+        for position, member in zip(elsewhere, self._members([names[p] for p in elsewhere]), strict=True):
+            stamps[position] = ("missing" if member is None else f"{member.crc}:{member.size}", "")
+        return stamps
 
-    def _member(self, name: str) -> dict[str, Any] | None:
-        if self.members is None:
-            return None
+    def _paths(self, name: str) -> tuple[str, ...]:
+        path = f"{self.root}/{name}"
+        return (path, f"{self.root}/{name.rpartition('/')[2]}") if self.by_basename else (path,)
+
+    def _file_stamp(self, name: str, folders: dict[str, set[str] | None]) -> tuple[str, str] | None:
+        if _leaves_its_folder(name):
+            return "refused", ""
+        for path in self._paths(name):
+            folder, _, basename = path.rpartition("/")
+            if folder not in folders:
+                folders[folder] = _listing(folder)
+            there = folders[folder]
+            if there is not None and basename not in there:
+                continue
+            try:
+                status = os.stat(path)
+            except (OSError, ValueError):  # not there, or a name that no file system takes
+                continue
+            if stat.S_ISREG(status.st_mode):
+                return str(status.st_size), str(status.st_mtime_ns)
+        return None
+
+    def _members(self, names: Sequence[str]) -> list[_Member | None]:
+        """Of each name, the member that it means; None where the archives hold none."""
+        if self.members is None or not names:
+            return [None] * len(names)
+        given = [os.path.normpath(name) for name in names]
+        basenames = [name.rpartition("/")[2] for name in given]
         table = _map_table(self.members)
-        basenames = table.column("basename").chunk(0)
-        given = PurePosixPath(name)
-        basename = given.name
-        first = bisect.bisect_left(range(len(basenames)), basename, key=lambda i: basenames[i].as_py())
-        last = bisect.bisect_right(range(len(basenames)), basename, lo=first, key=lambda i: basenames[i].as_py())
-        found = table.slice(first, last - first).to_pylist()
-        in_full = [row for row in found if f"/{row['member']}".endswith(f"/{given}")]
+        order = table["basename_hash"].chunk(0).to_numpy()
+        wanted = _hashes(basenames)
+        first = np.searchsorted(order, wanted, "left")
+        counts = np.searchsorted(order, wanted, "right") - first
+        ends = np.cumsum(counts)
+        rows = table.take(np.repeat(first - (ends - counts), counts) + np.arange(ends[-1]))
+        found = list(map(_Member, *(rows[key].to_pylist() for key in ("basename", "archive", "member", "crc", "size"))))
+        ends = ends.tolist()
+        return [
+            self._meant(name, basename, found[begin:end])
+            for name, basename, begin, end in zip(given, basenames, [0, *ends], ends, strict=False)
+        ]
+
+    def _meant(self, name: str, basename: str, found: Sequence[_Member]) -> _Member | None:
+        """found: those whose basename has the same hash."""
+        found = [member for member in found if member.basename == basename]
+        in_full = [member for member in found if f"/{member.name}".endswith(f"/{name}")]
         candidates = in_full or (found if self.by_basename else [])
-        if len({(row["crc"], row["size"]) for row in candidates}) > 1:
-            places = ", ".join(f"{row['archive']}!{row['member']}" for row in candidates[:3])
+        if len({(member.crc, member.size) for member in candidates}) > 1:
+            places = ", ".join(f"{member.archive}!{member.name}" for member in candidates[:3])
             raise UserError(
                 f"the archives in {self.root} hold {len(candidates)} different pictures for the name {name!r} "
                 f"({places}); unpack the right one beside them, or keep each data set's archives in a folder of its own"
             )
         return candidates[0] if candidates else None
+
+
+class _Member(NamedTuple):
+    basename: str
+    archive: str
+    name: str
+    crc: int
+    size: int
 
 
 def open_source(name: str, spec: SourceSpec, cache_dir: Path) -> Source:
@@ -322,8 +376,9 @@ def _table_rows(files: tuple[Path, ...], cache_dir: Path) -> Dataset:
 def _converted(path: Path, spec: SourceSpec, cache_dir: Path) -> Path:
     """The JSON file's rows as an Arrow file under `cache_dir`, made on first use and again when the file changes."""
     status = path.stat()
-    # Ids are taken by the adapter; nothing else in the spec changes the rows.
-    parts = (CONVERSION_VERSION, str(path), status.st_size, status.st_mtime_ns, spec.adapter, spec.columns.id)
+    # Ids and image names are taken by the adapter; nothing else in the spec changes the rows.
+    columns = (spec.columns.id, spec.columns.image)
+    parts = (CONVERSION_VERSION, str(path), status.st_size, status.st_mtime_ns, spec.adapter, *columns)
     target = cache_dir / "rows" / f"{path.stem}-{_key(parts)}.arrow"
     if target.exists():
         return target
@@ -334,10 +389,12 @@ def _converted(path: Path, spec: SourceSpec, cache_dir: Path) -> Path:
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_stream(sink, ROW_SCHEMA) as writer,
     ):
-        batch: list[tuple[bytes, str, str | None]] = []
+        batch: list[tuple[bytes, str, list[str], str | None]] = []
         size = 0
         for text, value, problem in read(path, file):
-            batch.append((text, row_id(value, spec) if isinstance(value, dict) else "", problem))
+            identity = row_id(value, spec) if isinstance(value, dict) else ""
+            names = [name.encode(errors="replace").decode() for name in _row_images(value, spec)]
+            batch.append((text, identity, names, problem))
             size += len(text)
             if size >= BATCH_BYTES:
                 writer.write_batch(_row_batch(batch))
@@ -346,8 +403,8 @@ def _converted(path: Path, spec: SourceSpec, cache_dir: Path) -> Path:
     return target
 
 
-def _row_batch(rows: list[tuple[bytes, str, str | None]]) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True) if rows else ((), (), ())
+def _row_batch(rows: list[tuple[bytes, str, list[str], str | None]]) -> pa.RecordBatch:
+    columns = zip(*rows, strict=True) if rows else ((),) * len(ROW_SCHEMA)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)
 
@@ -414,7 +471,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _member_index(root: Path, cache_dir: Path) -> str | None:
-    """An Arrow file of all members of the zip archives in `root`, sorted by basename; None where there is none."""
+    """An Arrow file of all members of the zip archives in `root`, ordered by basename; None where there is none."""
     archives = sorted(root.glob("*.zip"))
     if not archives:
         return None
@@ -422,7 +479,7 @@ def _member_index(root: Path, cache_dir: Path) -> str | None:
     target = cache_dir / "members" / f"{_key((CONVERSION_VERSION, str(root), stats))}.arrow"
     if not target.exists():
         table = pa.concat_tables([_members(archive) for archive in archives])
-        table = table.sort_by([(key, "ascending") for key in ("basename", "archive", "member")])
+        table = table.sort_by([(key, "ascending") for key in ("basename_hash", "basename", "archive", "member")])
         with (
             _replacing(target) as temporary,
             pa.OSFile(str(temporary), "wb") as sink,
@@ -441,8 +498,36 @@ def _members(archive: Path) -> pa.Table:
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{archive} is not a whole zip archive ({_brief(error)}); download it again") from None
     rows = [(PurePosixPath(i.filename).name, archive.name, i.filename, i.CRC, i.file_size) for i in infos]
-    columns = zip(*rows, strict=True) if rows else ((),) * len(MEMBER_SCHEMA)
+    columns = list(zip(*rows, strict=True)) if rows else [()] * (len(MEMBER_SCHEMA) - 1)
+    columns = [_hashes(columns[0]), *columns]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, MEMBER_SCHEMA, strict=True)], schema=MEMBER_SCHEMA)
+
+
+def _hashes(names: Sequence[str]) -> np.ndarray:
+    """(N,) uint64, the same on every machine and in every process."""
+    digests = (hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest() for name in names)
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+def _joined(rows: pa.BinaryArray) -> memoryview:
+    """All values one after another, where they lie."""
+    _, offsets, data = rows.buffers()
+    at = np.frombuffer(offsets, np.int32)[rows.offset : rows.offset + len(rows) + 1]
+    return memoryview(data)[at[0] : at[-1]]
+
+
+def _listing(folder: str) -> set[str] | None:
+    """The names in a folder that holds few, so that images which lie in archives need not be asked for one by one."""
+    try:
+        with os.scandir(folder) as entries:
+            names = {entry.name for entry in itertools.islice(entries, FEW_FILES + 1)}
+    except (OSError, ValueError):
+        return set()
+    return names if len(names) <= FEW_FILES else None
+
+
+def _leaves_its_folder(name: str) -> bool:
+    return name.startswith("/") or (".." in name and ".." in name.split("/"))
 
 
 @lru_cache(maxsize=16)

@@ -39,11 +39,19 @@ def seal(phase_folder: Path, step: int, facts: dict[str, Any]) -> Path:
     return published
 
 
+def checkpoints(phase_folder: Path) -> list[Path]:
+    return list(phase_folder.glob("checkpoint-*"))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def latest_checkpoint(phase_folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files match their manifest, and a sentence for each newer one that does not."""
     refused = []
-    for folder in sorted(phase_folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        fault = _fault(folder)
+    for folder in sorted(checkpoints(phase_folder), key=step_of, reverse=True):
+        fault = fault_of(folder)
         if fault is None:
             return folder, refused
         refused.append(f"{folder} is not used: {fault}")
@@ -56,12 +64,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def remove_old(phase_folder: Path, keep: int) -> None:
     """Keep the newest `keep` checkpoints."""
-    by_step = sorted(phase_folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    by_step = sorted(checkpoints(phase_folder), key=step_of)
     for folder in by_step[: max(0, len(by_step) - keep)]:
         shutil.rmtree(folder)
 
 
-def _fault(folder: Path) -> str | None:
+def fault_of(folder: Path) -> str | None:
+    """What does not match the manifest, in words; None for a whole checkpoint."""
     try:
         listing = read_manifest(folder)["files"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoConfig, TrainingArguments
 
+from huatuo_vision.cli import Stopped
 from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.plan import StepPlan, plan_steps
 from huatuo_vision.inputs.rows import PlannedRows
@@ -26,8 +28,9 @@ from huatuo_vision.model.merge import save_adapter
 from huatuo_vision.model.trainable import apply_training, fsdp_wrap_classes, parameter_counts, quantization_config
 from huatuo_vision.run_record import write_json
 from huatuo_vision.schema import UserError
-from huatuo_vision.training.checkpoint import latest_checkpoint, read_manifest
+from huatuo_vision.training.checkpoint import checkpoints, latest_checkpoint, read_manifest, step_of
 from huatuo_vision.training.console import ProgressLog
+from huatuo_vision.training.stop import StopRequest
 from huatuo_vision.training.trainer import PhaseTrainer
 
 if TYPE_CHECKING:
@@ -74,16 +77,19 @@ def plan_phase(
     return PhaseData(pool, plan, sources, encoder, shape)
 
 
-def run_phase(recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path, console: Console) -> dict[str, Any]:
+def run_phase(
+    recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path, stop: StopRequest, console: Console
+) -> dict[str, Any]:
     """Train one phase from the model folder `start` and write `out/<name>/model`; resumes from `out/<name>`.
 
-    Returns what the run record says of the phase. Every process calls it.
+    Returns what the run record says of the phase. Every process calls it. Raises Stopped, after a checkpoint, where
+    one of them was asked to stop.
     """
     phase, folder = recipe.phases[name], out / name
     state = PartialState()
     arguments = training_arguments(recipe, name, folder, data.plan)  # before the model: ZeRO-3 shards while loading
     checkpoint = _agree_on_checkpoint(folder, state, arguments, console)
-    model = _load_start(phase, start, arguments.device)
+    model = load_start(phase, start, arguments.device)
     counts = parameter_counts(model)
 
     def row_flops(stats: dict[str, int]) -> float:
@@ -94,14 +100,18 @@ def run_phase(recipe: Recipe, name: str, start: Path, data: PhaseData, out: Path
         phase,
         PlannedRows(data.plan, data.pool, data.sources, data.encoder),
         row_flops,
+        stop,
         model=model,
         args=arguments,
     )
     progress = ProgressLog(out / "log.jsonl", name, console)
-    progress.attach(trainer, resumed_step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    progress.attach(trainer, resumed_step=step_of(checkpoint) if checkpoint else 0)
     if checkpoint is not None:
         trainer.elapsed_before = read_manifest(checkpoint)["elapsed_seconds"]
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        place = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise Stopped(f"stopped: {name} is saved at {place}; the same command goes on from there")
     _export(trainer, start, folder / "model", phase)
     return {
         "fingerprint": recipe.fingerprint(name),
@@ -193,7 +203,8 @@ def _agree_on_checkpoint(
     return checkpoint
 
 
-def _load_start(phase: PhaseSpec, start: Path, device: torch.device) -> torch.nn.Module:
+def load_start(phase: PhaseSpec, start: Path, device: torch.device) -> torch.nn.Module:
+    """The model that a phase trains, with the weights of the model folder `start`."""
     dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
     _check_window(AutoConfig.from_pretrained(start), phase)
     choose_attention(phase.attention, device=device, precision=phase.precision)  # refused before minutes of loading
@@ -231,20 +242,28 @@ def _check_window(config: Any, phase: PhaseSpec) -> None:
 
 
 def _export(trainer: PhaseTrainer, start: Path, target: Path, phase: PhaseSpec) -> None:
-    """The trained model as a folder that stock transformers loads; gathered from all ranks, written by the main one."""
+    """The trained model's folder; its weights gathered from all processes, written by the main one."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, on the main process
-    if trainer.args.should_save and isinstance(model, PeftModel):
+    if trainer.args.should_save:
+        save_trained(model, weights, start, target, phase)
+    trainer.accelerator.wait_for_everyone()
+
+
+def save_trained(
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], start: Path, target: Path, phase: PhaseSpec
+) -> None:
+    """A trained model as a folder that stock transformers loads: an adapter where it has one, else all weights."""
+    if isinstance(model, PeftModel):
         save_adapter(model, target, start, state_dict=weights)
-    elif trainer.args.should_save:
+    else:
         dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
         save_model_folder(target, {name: w.to(dtype) for name, w in weights.items()}, model.config, start)
-    trainer.accelerator.wait_for_everyone()
 
 
 def discard_checkpoints(folder: Path) -> None:
     """A finished phase is its model folder; the optimizer states, several times its size, are not needed again."""
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
 
 
@@ -256,14 +275,16 @@ def record_plan(folder: Path, data: PhaseData) -> None:
     digest = hashlib.sha256()
     for array in (data.pool.source, data.pool.row, data.pool.tokens, data.pool.targets, data.pool.images):
         digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update("".join(data.pool.contents).encode())
     facts = {"samples": len(data.pool), "sha256": digest.hexdigest()}
     path = folder / "data.json"
     if path.exists():
         before = json.loads(path.read_text())
         if before != facts:
             raise UserError(
-                f"the data of phase {folder.name} changed since it began ({before['samples']} samples then, "
-                f"{facts['samples']} now); put the old data back, or start over with --fresh"
+                f"the data of phase {folder.name} changed since it began ({before['samples']:,} samples with digest "
+                f"{before['sha256'][:8]} then, {facts['samples']:,} with {facts['sha256'][:8]} now); put the old data "
+                "back, or start over with --fresh"
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)

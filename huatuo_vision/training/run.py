@@ -34,10 +34,12 @@ from huatuo_vision.model.compose import compose_processor, compose_weights, reso
 from huatuo_vision.model.flops import ModelShape
 from huatuo_vision.model.merge import merge
 from huatuo_vision.recipe import Recipe, differing_keys, load_recipe, save_recipe
+from huatuo_vision.redaction import redact
 from huatuo_vision.run_record import environment, now, read_record, write_json
 from huatuo_vision.schema import UserError
 from huatuo_vision.training.curves import plot_losses
 from huatuo_vision.training.phase import discard_checkpoints, plan_phase, record_plan, run_phase
+from huatuo_vision.training.stop import StopRequest
 from huatuo_vision.training.trackers import prepare_trackers
 
 
@@ -49,10 +51,13 @@ def cache_folder() -> Path:
 def train(
     recipe: Recipe, out: Path, *, phases: Sequence[str], fresh: bool, overrides: Sequence[str], console: Console
 ) -> Path | None:
-    """Train the named phases of a recipe in `out`. Returns `out/final` when the recipe's last phase is finished."""
+    """Train the named phases of a recipe in `out`. Returns `out/final` when the recipe's last phase is finished.
+
+    Raises Stopped where SIGTERM or SIGUSR1 asked for it.
+    """
     state = start_processes()
     prepare_trackers(recipe.report_to, console)
-    with _only_run_in(out, state.is_main_process):
+    with StopRequest() as stop, _only_run_in(out, state.is_main_process):
         if state.is_main_process:
             _open_folder(recipe, out, fresh, overrides, console)
             if recipe.reuse is not None:
@@ -79,10 +84,11 @@ def train(
                 save_recipe(recipe, folder / "recipe.yaml")
                 shutil.rmtree(folder / "model", ignore_errors=True)  # written, but not recorded as finished
             state.wait_for_everyone()
-            facts = run_phase(recipe, name, start, data, out, console)
-            if state.is_main_process:
-                _finish_phase(recipe, name, out, facts, state)
-            _wait_for_main_process(state)
+            with stop.while_training():
+                facts = run_phase(recipe, name, start, data, out, stop, console)
+                if state.is_main_process:
+                    _finish_phase(recipe, name, out, facts, state)
+                _wait_for_main_process(state)
 
         last = list(recipe.phases)[-1]
         if not is_finished(out / last):
@@ -156,7 +162,7 @@ def _open_folder(recipe: Recipe, out: Path, fresh: bool, overrides: Sequence[str
         write_json(
             out / "run.json", {"schema": 1, "recipe": recipe.name, "started": now(), "finished": None, "phases": {}}
         )
-    _record(out, fingerprint=recipe.fingerprint(), overrides=list(overrides), **environment())
+    _record(out, fingerprint=recipe.fingerprint(), overrides=[redact(o) for o in overrides], **environment())
 
 
 def _record(out: Path, **facts: Any) -> dict[str, Any]:
@@ -228,6 +234,14 @@ def _origin(spec: Any) -> dict[str, Any]:
 
 
 def _start_folder(recipe: Recipe, name: str, out: Path, state: PartialState) -> Path:
+    if state.is_main_process:
+        start_of(recipe, name, out)  # may merge an adapter
+    _wait_for_main_process(state)
+    return start_of(recipe, name, out)
+
+
+def start_of(recipe: Recipe, name: str, out: Path) -> Path:
+    """The model folder that a phase starts from. Raises UserError where the phase before is not finished."""
     names = list(recipe.phases)
     position = names.index(name)
     if position == 0:
@@ -235,10 +249,7 @@ def _start_folder(recipe: Recipe, name: str, out: Path, state: PartialState) -> 
     previous = out / names[position - 1]
     if not is_finished(previous):
         raise UserError(f"phase {name} starts from phase {previous.name}, which is not finished; run it first")
-    if state.is_main_process:
-        plain_checkpoint(previous / "model")  # an adapter can't be trained on top of another
-    _wait_for_main_process(state)
-    return plain_checkpoint(previous / "model")
+    return plain_checkpoint(previous / "model")  # an adapter can't be trained on top of another
 
 
 def plain_checkpoint(model: Path) -> Path:

@@ -4,6 +4,7 @@
   the plan knows (no count, no gather);
 - every part has its own learning rate;
 - a step that is not finite never reaches the optimizer;
+- processes that are asked to stop agree on the step after which they do;
 - checkpoints are whole or absent, and resuming loads the weights (upstream loads none for LLaVA outside FSDP:
   it compares hub-layout names with module names and ignores the difference).
 """
@@ -19,14 +20,18 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
 
+from huatuo_vision.cli import no_room
 from huatuo_vision.inputs.rows import PlannedRows, only_row
 from huatuo_vision.model.trainable import parameter_groups
 from huatuo_vision.run_record import write_json
 from huatuo_vision.schema import UserError
-from huatuo_vision.training.checkpoint import remove_old, seal, staging_folder
+from huatuo_vision.training.checkpoint import checkpoints, remove_old, seal, staging_folder, step_of
 from huatuo_vision.training.metrics import Window
+from huatuo_vision.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from huatuo_vision.recipe import PhaseSpec
@@ -36,10 +41,16 @@ TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 class PhaseTrainer(Trainer):
     def __init__(
-        self, phase: PhaseSpec, rows: PlannedRows, row_flops: Callable[[dict[str, int]], float], **kwargs: Any
+        self,
+        phase: PhaseSpec,
+        rows: PlannedRows,
+        row_flops: Callable[[dict[str, int]], float],
+        stop: StopRequest,
+        **kwargs: Any,
     ):
-        super().__init__(train_dataset=rows, data_collator=only_row, **kwargs)
-        self.phase, self.rows, self.row_flops = phase, rows, row_flops
+        super().__init__(train_dataset=rows, data_collator=only_row, callbacks=[_SaveAndStop(self)], **kwargs)
+        self.phase, self.rows, self.row_flops, self.stop = phase, rows, row_flops, stop
+        self.stopping = False  # agreed on by all processes: the step in progress is the last
         self.folder = Path(self.args.output_dir)
         self.model_accepts_loss_kwargs = True  # the loss below is complete: upstream must not divide it again
         self.window = Window(tuple(rows.pool.sources), self.accelerator)
@@ -109,12 +120,22 @@ class PhaseTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
         norm = super()._clip_grad_norm(model)
         self._learning_rates = {f"lr/{g['name'].split('/')[0]}": g["lr"] for g in self.optimizer.param_groups}
-        # The one wait for the device in a step. DeepSpeed keeps its norm until after the step.
-        checked = self._step_loss if norm is None else torch.stack([self._step_loss, norm.detach().to(self._step_loss)])
-        if not torch.isfinite(checked).all():
+        checked = self._step_loss
+        if norm is not None:  # DeepSpeed keeps its norm until after the step
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            checked = torch.stack([checked, whole.detach().to(checked)])
+        not_finite, self.stopping = self._any_process(~torch.isfinite(checked).all(), self.stop.asked)
+        if not_finite:
             self._stop_non_finite(checked)
         self._step_loss = torch.zeros_like(self._step_loss)
         return norm
+
+    def _any_process(self, not_finite: torch.Tensor, asked: bool) -> list[bool]:
+        """Whether either holds on any process. The one wait for the device in a step; both ride on it."""
+        both = torch.stack([not_finite.float(), torch.full_like(not_finite, asked, dtype=torch.float32)])
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX)
+        return [value > 0 for value in both.tolist()]
 
     def _stop_non_finite(self, values: torch.Tensor) -> None:
         ids = self.rows.pool.ids(self.rows.plan.step(self.state.global_step))
@@ -148,41 +169,76 @@ class PhaseTrainer(Trainer):
             shutil.rmtree(staging_folder(self.folder), ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._saving = True
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._seal()
+        except (Exception, CheckpointException) as error:  # the latter is torch's own for sharded files, no Exception
+            if not no_room(error):
+                raise
+            raise UserError(self._no_room(error)) from None
         self._saving = False
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            facts = {
-                "elapsed_seconds": self.elapsed_seconds,
-                "world_size": self.accelerator.num_processes,
-                "distributed_type": self.accelerator.distributed_type.value,
-            }
-            seal(self.folder, self.state.global_step, facts)
-            remove_old(self.folder, self.phase.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+
+    def _seal(self) -> None:
+        facts = {
+            "elapsed_seconds": self.elapsed_seconds,
+            "world_size": self.accelerator.num_processes,
+            "distributed_type": self.accelerator.distributed_type.value,
+        }
+        seal(self.folder, self.state.global_step, facts)
+        remove_old(self.folder, self.phase.keep_checkpoints)
+
+    def _no_room(self, error: BaseException) -> str:
+        free = shutil.disk_usage(self.folder).free
+        shutil.rmtree(staging_folder(self.folder), ignore_errors=True)
+        before = max(checkpoints(self.folder), key=step_of, default=None)
+        goes_on = f"from {before.name}, which is whole" if before else "from its beginning"
+        said = str(error).strip().splitlines()[-1]
+        return (
+            f"no room for checkpoint-{self.state.global_step} of {self.folder.name} in {self.folder} ({said}; "
+            f"{free / 2**20:,.0f} MiB are free); make room and start the same command again: it goes on {goes_on}"
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The weights that train, under module names. FSDP and DeepSpeed write their own beside the optimizer state."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not self.args.should_save:
             return
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(self._trainable_weights(), Path(output_dir) / TRAINABLE_WEIGHTS)
+        safetensors.torch.save_file(trainable_weights(self.model), Path(output_dir) / TRAINABLE_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / TRAINABLE_WEIGHTS)
-        current = self._trainable_weights()
-        if saved.keys() != current.keys():
-            difference = sorted(saved.keys() ^ current.keys())
-            raise UserError(
-                f"{resume_from_checkpoint} holds other trainable weights than this phase has ({difference[0]} and "
-                f"{len(difference) - 1} more differ); start with --fresh"
-            )
-        with torch.no_grad():
-            for name, parameter in current.items():
-                parameter.copy_(saved[name])
+        load_trainable(Path(resume_from_checkpoint), self.model)
 
-    def _trainable_weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(checkpoint: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into the model. Raises UserError where they are others than those that train."""
+    saved, current = safetensors.torch.load_file(checkpoint / TRAINABLE_WEIGHTS), trainable_weights(model)
+    if saved.keys() != current.keys():
+        difference = sorted(saved.keys() ^ current.keys())
+        raise UserError(
+            f"{checkpoint} holds other trainable weights than this phase has ({difference[0]} and "
+            f"{len(difference) - 1} more differ); start with --fresh"
+        )
+    with torch.no_grad():
+        for name, parameter in current.items():
+            parameter.copy_(saved[name])
+
+
+class _SaveAndStop(TrainerCallback):
+    """Ends training with a checkpoint after the step that the processes agreed on; the last step ends it anyway."""
+
+    def __init__(self, trainer: PhaseTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.stopping and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True

@@ -17,7 +17,7 @@ from huatuo_vision.cli import run_command
 def main() -> None:
     run, url = RunFolder(Path(sys.argv[1])), sys.argv[2]
     settings = Reformat(method="mllm_reformatted", model="m", base_url=url, concurrency=4, max_retries=1)
-    work = reformat_pass(run, settings, run.tasks("dedup"))
+    work = reformat_pass(run, settings, run.tasks("balance"))
     start(run, work, "")
     with LocalRun(Executor(workers=1), Console(stderr=True)) as local:
         local.run(run, work)

@@ -16,7 +16,7 @@ from datasets import Image, load_dataset
 
 from data.assemble import FEATURES, assemble_pass, finish, licence_class, rows_by_class
 from data.config import Assemble
-from data.tables import RunFolder
+from data.tables import Pair, RunFolder
 from huatuo_vision.inputs.sources import open_source
 from huatuo_vision.recipe import SourceSpec
 from huatuo_vision.schema import UserError
@@ -158,3 +158,36 @@ def test_nothing_to_assemble_is_said(tmp_path: Path) -> None:
     run = complete_stage(tmp_path / "run", "reformat", [[]])
     with pytest.raises(UserError, match="no row is left to assemble"):
         assemble(run)
+
+
+def test_what_people_wrote_is_kept_word_for_word(tmp_path: Path) -> None:
+    texts = {"history": "Pain.", "findings": "A cyst.", "boxes": "(1, 2, 3, 4)", "discussion": "Cysts are common."}
+    told = {"context": tuple(texts.values()), "sections": tuple(texts), "collection": "cases"}
+    rows = [
+        described(1, caption="CT with a cyst.", **told),
+        described(2, collection="slices", annotated=False),
+        described(3, caption="", context=("Cysts.",), sections=("discussion",), collection="cases"),
+        described(4),
+    ]
+    out = assemble(complete_stage(tmp_path / "run", "reformat", [rows]))
+    kept = [row for file in (out / "commercial/human").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert [row["pair"] for row in kept] == ["PMC1.1-f1", "PMC3.1-f1"]
+    request, findings, question, discussion = (turn["value"] for turn in kept[0]["conversations"])
+    assert request.startswith("History: Pain.\n") and findings == "CT with a cyst.\nA cyst."
+    assert question.endswith("why?") and discussion == "Cysts are common."
+    assert [turn["value"] for turn in kept[1]["conversations"]][1:] == ["Cysts."]
+    assert kept[0]["method"] == "human" and kept[0]["model"] is None and kept[0]["evidence"] == []
+    spec = SourceSpec(adapter="pubmedvision", config="instruction", path=str(out / "commercial/human"))
+    assert len(open_source("human", spec, tmp_path / "cache")) == 2
+
+
+def test_a_row_is_as_restricted_as_its_evidence(tmp_path: Path) -> None:
+    def row(number: int, *licences: str) -> Pair:
+        return described(number, evidence=("case:x",), evidence_licences=licences)
+
+    rows = [row(1, "CC0"), row(2, "CC-BY-4.0", "CC-BY-NC-4.0"), row(3, "CC-BY-NC", "own agreement"), row(4, "")]
+    out = assemble(complete_stage(tmp_path / "run", "reformat", [rows]))
+    counts = {where: kinds["alignment"] for where, kinds in rows_by_class(out).items()}
+    assert counts == {"commercial": 1, "noncommercial": 1, "restricted": 2}
+    (file,) = (out / "commercial/instruction").glob("*.parquet")
+    assert pq.read_table(file)["evidence"].to_pylist() == [["case:x"]]

@@ -132,7 +132,7 @@ def hosted(script: Script) -> Iterator[BatchEndpoint]:
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     rows = [pair(n, caption=f"{word} A radiograph.", n_images=2 if n == 1 else 1) for n, word in enumerate(WORDS)]
-    return complete_stage(tmp_path / "run", "dedup", [rows[:2], rows[2:]])
+    return complete_stage(tmp_path / "run", "balance", [rows[:2], rows[2:]])
 
 
 def settings(hosted: BatchEndpoint | None = None, **changed: object) -> Reformat:
@@ -149,15 +149,15 @@ def reformat(run: RunFolder, asked: Reformat) -> dict[str, str]:
     """Row id -> state, by the stage's own step."""
     rows = [
         row
-        for rank in range(run.tasks("dedup"))
-        for row in Describe(run, asked).run(run.pairs("dedup", rank), rank, run.tasks("dedup"))
+        for rank in range(run.tasks("balance"))
+        for row in Describe(run, asked).run(run.pairs("balance", rank), rank, run.tasks("balance"))
     ]
     return {row.id: row.reason if isinstance(row, Dropped) else row.state for row in rows}
 
 
 def test_files_hold_what_would_be_sent_online(run: RunFolder) -> None:
     assert batch.write(run, settings()) == {"requests-00000.jsonl": 4}
-    row = next(run.pairs("dedup", 0))
+    row = next(run.pairs("balance", 0))
     line = requests(run)[0]
     assert line["custom_id"] == request_key(figure_of(row), settings())
     pictures = [stored(k).data for k in range(1)]

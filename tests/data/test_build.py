@@ -147,7 +147,7 @@ def test_the_same_command_again_does_nothing_and_a_changed_setting_only_what_fol
     values["dedup"]["min_cosine"] = 0.9
     said = run(written(tmp_path / "c.yaml", **values), source, undisturbed)
     changed = {Path(path).parent.name for path, at in times().items() if at != before[path]}
-    assert changed == {"dedup", "reformat"} and "dedup: made again" in said
+    assert changed == {"dedup", "balance", "reformat"} and "dedup: made again" in said
     run(config, source, undisturbed)
 
 

@@ -39,7 +39,7 @@ def finished(folder: Path, rows: list[Pair], method: str = "mllm_reformatted") -
         lost = {"missing_image": 3} if stage == "ingest" else {}
         run.write_counts(stage, 0, Counts(n + sum(lost.values()), n, lost))
     (folder / "decisions").mkdir()
-    report = {"benchmarks": {}, "on_overlap": "drop", "overlaps": []}
+    report = {"benchmarks": {}, "cases": 0, "on_overlap": "drop", "overlaps": []}
     (folder / "decisions/contamination.json").write_text(json.dumps(report))
     made = assemble_pass(run, config().assemble, 1)
     made.steps[1].run(made.steps[0].run(None, 0, 1), 0, 1)

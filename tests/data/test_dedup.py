@@ -19,7 +19,7 @@ from data.config import Dedup, Executor, Guard
 from data.dedup.guard import quoted_question, runs_of_words
 from data.dedup.nearest import near_hashes, repeated_captions
 from data.dedup.pictures import likeness, shrunk
-from data.dedup.stage import REPORT_FILE, dedup_passes
+from data.dedup.stage import REPORT_FILE, contamination, dedup_passes
 from data.executor import LocalRun, start
 from data.phantom.write import make_phantom
 from data.sources.images import store_encoded
@@ -46,11 +46,11 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> Store
     return store_encoded(buffer.getvalue(), "x")[0]
 
 
-def folder(path: Path, ranks: list[list[tuple[Pair, list[StoredImage]]]]) -> RunFolder:
-    """A run folder in which image-filter is complete with these rows and pictures."""
+def folder(path: Path, ranks: list[list[tuple[Pair, list[StoredImage]]]], complete: str = "image-filter") -> RunFolder:
+    """A run folder in which a stage is complete with these rows and pictures."""
     run = RunFolder(path)
     (path / "logs").mkdir(parents=True)
-    for stage in ("ingest", "image-filter"):
+    for stage in ("ingest", complete):
         (path / "logs" / f"{stage}.json").write_text(json.dumps({"fingerprint": "0", "tasks": len(ranks)}))
         for rank, rows in enumerate(ranks):
             with stage_output(run, stage, rank, None) as output:
@@ -226,6 +226,30 @@ def test_a_question_is_found_in_the_texts_around_a_figure():
     quoting = pair(1, context=("We asked: which vessel supplies the POSTERIOR wall, of the left ventricle?",))
     assert quoted_question(quoting, known, 8) == "b:1"
     assert quoted_question(pair(2), known, 8) is None
+
+
+def test_held_out_cases_drop_by_their_ids(tmp_path):
+    (tmp_path / "held-out.txt").write_text("PMC1.1\nelsewhere\n\n")
+    rows = [row(n, [encoded(textured(n))]) for n in (1, 2)]
+    run = folder(tmp_path / "run", [rows])
+    kept, dropped = dedup(run, guard={"cases": str(tmp_path / "held-out.txt")})
+    assert list(kept) == ["PMC2.1-f1"] and dropped == {"PMC1.1-f1": ("evaluation_case", "PMC1.1")}
+    found = contamination(run)
+    assert found["cases"] == 2 and [overlap["article"] for overlap in found["overlaps"]] == ["PMC1.1"]
+
+
+@pytest.mark.parametrize(("content", "expected"), [(None, "can't be read"), ("\n \n", "names no case")])
+def test_a_list_of_cases_that_says_nothing_is_refused(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "held-out.txt").write_text(content)
+    with pytest.raises(UserError, match=expected):
+        dedup_passes(RunFolder(tmp_path), Dedup(guard=Guard(cases=str(tmp_path / "held-out.txt"))), 1)
+
+
+def test_tags_are_not_compared_as_captions(tmp_path):
+    rows = [row(n, [encoded(textured(n))], caption="CT, liver", annotated=n > 2) for n in range(1, 5)]
+    kept, dropped = dedup(folder(tmp_path, [rows]))
+    assert set(dropped) == {"PMC4.1-f1"} and dropped["PMC4.1-f1"][0] == "near_caption" and len(kept) == 3
 
 
 def test_an_unknown_benchmark_is_refused(tmp_path):

@@ -19,10 +19,11 @@ from data.config import ImageEncoder, ImageFilter, TextFilter
 from data.filters.classifier import Classifier, load_classifier, train
 from data.filters.encoders import image_encoder
 from data.filters.image import LargeEnough, Medical
-from data.filters.text import OWN_VOCABULARY, CountTerms, Vocabulary, read_entries, text_filter_pass
+from data.filters.text import OWN_VOCABULARY, CountTerms, read_entries, text_filter_pass
 from data.filters.vocabulary import cleaned, mesh_entries, specialist_entries
 from data.tables import Dropped, Pair, RunFolder
 from huatuo_vision.schema import UserError
+from huatuo_vision.terms import Terms
 from tests.data.rows import complete_stage, pair
 
 ROOT = Path(__file__).parents[2]
@@ -69,15 +70,15 @@ MESH = """<?xml version="1.0"?><!DOCTYPE DescriptorRecordSet SYSTEM "https://www
 
 
 def test_entries_count_once_as_whole_words_in_any_case():
-    vocabulary = Vocabulary([("lung", "lungs"), ("lung cancer",), ("x-ray",), ("ct",)])
+    vocabulary = Terms([("lung", "lungs"), ("lung cancer",), ("x-ray",), ("ct",)])
     assert vocabulary.count("Lung cancer of both lungs; LUNG.") == 2
     assert vocabulary.count("An X-ray, (CT)!") == 2
     assert vocabulary.count("lunge, tract, plungs, x-rays") == 0
-    assert Vocabulary([("cold",), ("common cold", "cold")]).count("cold") == 2
+    assert Terms([("cold",), ("common cold", "cold")]).count("cold") == 2
 
 
 def test_the_filter_counts_over_caption_and_mentions_and_says_how_many():
-    step = CountTerms(OWN_VOCABULARY, 5)
+    step = CountTerms(OWN_VOCABULARY, TextFilter(min_terms=5))
     rich = pair(1, caption="Chest radiograph with pleural effusion.", context=("Pneumonia of the left lung.",))
     poor = pair(2, caption="The chest.", context=())
     before = Dropped("x", "missing_image")
@@ -85,6 +86,13 @@ def test_the_filter_counts_over_caption_and_mentions_and_says_how_many():
     assert isinstance(kept, Pair) and kept.terms >= 5
     assert (dropped.id, dropped.reason, dropped.detail) == (poor.id, "few_terms", "1 of at least 5")
     assert passed is before
+
+
+def test_tags_are_let_through_and_short_captions_are_not():
+    step = CountTerms(OWN_VOCABULARY, TextFilter(min_terms=0, min_words=3))
+    tags, short = pair(1, caption="CT", annotated=False), pair(2, caption="Two words")
+    kept, dropped = step.run(iter([tags, short]))
+    assert kept is tags and (dropped.reason, dropped.detail) == ("few_words", "2 of at least 3")
 
 
 def test_the_list_of_our_own_is_sound():

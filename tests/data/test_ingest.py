@@ -241,7 +241,7 @@ def test_a_list_of_something_else_is_refused(tmp_path, text):
         list(list_units(str(tmp_path), Ingest(articles=str(tmp_path / "list.txt")), None))
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("articles", "JATS"), ("pairs", r"\*\.jsonl or \*\.parquet")])
+@pytest.mark.parametrize(("kind", "expected"), [("articles", "JATS"), ("pairs", r"\*\.jsonl, \*\.csv or \*\.parquet")])
 def test_a_source_without_anything_to_read_is_refused(tmp_path, kind, expected):
     with pytest.raises(UserError, match=expected):
         list(list_units(str(tmp_path), Ingest(kind=kind), None))

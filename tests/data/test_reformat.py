@@ -41,7 +41,7 @@ def settings(url: str | None = None, **changed: object) -> Reformat:
 
 def describe(run: RunFolder, asked: Reformat, rank: int = 0, dropped: tuple[Dropped, ...] = ()) -> list[Pair | Dropped]:
     step = pickle.loads(pickle.dumps(Describe(run, asked)))  # as it travels to a worker
-    return list(step.run(iter([*dropped, *run.pairs("dedup", rank)]), rank, 1))
+    return list(step.run(iter([*dropped, *run.pairs("balance", rank)]), rank, 1))
 
 
 def test_rows_keep_their_order_and_every_state_its_name(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_rows_keep_their_order_and_every_state_its_name(tmp_path: Path) -> None:
     )
     words = ["slow", *["plain"] * 30, "long", "refuse", "odd", "gone"]
     rows = [pair(n, caption=f"{word} A radiograph.") for n, word in enumerate(words)]
-    run = complete_stage(tmp_path, "dedup", [rows])
+    run = complete_stage(tmp_path, "balance", [rows])
     gone_before = Dropped("before", "few_terms")
     with endpoint(script) as served:
         out = describe(run, settings(served.url, max_failed_share=0.1), dropped=(gone_before,))
@@ -71,7 +71,7 @@ def test_rows_keep_their_order_and_every_state_its_name(tmp_path: Path) -> None:
 
 
 def test_the_right_pictures_are_sent(tmp_path: Path) -> None:
-    run = complete_stage(tmp_path, "dedup", [[pair(n, n_images=n % 3 + 1) for n in range(6)]])
+    run = complete_stage(tmp_path, "balance", [[pair(n, n_images=n % 3 + 1) for n in range(6)]])
     with endpoint(good) as served:
         describe(run, settings(served.url))
     sent = Counter(len(body["messages"][0]["content"]) - 1 for body in served.requests)
@@ -81,7 +81,7 @@ def test_the_right_pictures_are_sent(tmp_path: Path) -> None:
 
 
 def test_native_captions_ask_nobody(tmp_path: Path) -> None:
-    run = complete_stage(tmp_path, "dedup", [[pair(1), pair(2, caption=" ")]])
+    run = complete_stage(tmp_path, "balance", [[pair(1), pair(2, caption=" ")]])
     kept, dropped = describe(run, Reformat(method="native_caption"))
     assert (kept.description, kept.query, kept.model, kept.modality) == (pair(1).caption, None, None, None)
     assert dropped.reason == "no_caption"
@@ -93,7 +93,7 @@ def test_when_the_run_stops_the_answers_in_flight_are_kept(tmp_path: Path) -> No
             return Sent({"error": {"message": "no such model"}}, 404)
         return Sent(good(body).body, delay=0.3)
 
-    run = complete_stage(tmp_path, "dedup", [[pair(n) for n in range(40)]])
+    run = complete_stage(tmp_path, "balance", [[pair(n) for n in range(40)]])
     with endpoint(answer) as served, pytest.raises(Stopped, match="knows no model"):
         describe(run, settings(served.url))
     with AnswerCache(answers_folder(run)) as cache:
@@ -118,11 +118,11 @@ def test_limits_and_places_do_not_change_what_a_run_is(tmp_path: Path) -> None:
 
 
 def test_an_estimate_multiplies_and_its_answers_are_kept(tmp_path: Path) -> None:
-    run = complete_stage(tmp_path, "dedup", [[pair(n) for n in range(10)]])
+    run = complete_stage(tmp_path, "balance", [[pair(n) for n in range(10)]])
     asked = {"prices": {"input": 1000, "output": 2000}}
     with endpoint(good) as served:
         with AnswerCache(answers_folder(run), "estimate") as cache, run.images(0) as images:
-            figures = [figure_of(row) for row in run.pairs("dedup", 0)][:5]
+            figures = [figure_of(row) for row in run.pairs("balance", 0)][:5]
             read = lambda figure: [images.get(i) for i in figure.image_sha256]  # noqa: E731
             made = estimate(10, figures, settings(served.url, **asked), cache, read)
         assert (made.asked, made.states, made.new_requests) == (5, {"ok": 5}, 5)
@@ -145,7 +145,7 @@ def rows_of(run: RunFolder) -> list[Pair]:
 
 def test_killed_and_run_again_pays_for_nothing_twice(tmp_path: Path) -> None:
     ranks = [[pair(n) for n in range(30)], [pair(n) for n in range(30, 60)]]
-    run = complete_stage(tmp_path / "killed", "dedup", ranks)
+    run = complete_stage(tmp_path / "killed", "balance", ranks)
     with endpoint(lambda body: Sent(good(body).body, delay=0.02)) as served:
         process = work(run, served.url, OPENAI_API_KEY=SECRET)
         while len(served.requests) < 37:
@@ -159,7 +159,7 @@ def test_killed_and_run_again_pays_for_nothing_twice(tmp_path: Path) -> None:
     assert before < 60 and len(times) == 60
     twice = [n for n, count in times.items() if count > 1]
     assert len(twice) <= 4 and max(times.values()) <= 2, times
-    undisturbed = complete_stage(tmp_path / "undisturbed", "dedup", ranks)
+    undisturbed = complete_stage(tmp_path / "undisturbed", "balance", ranks)
     with endpoint(good) as served:
         expected = [row for rank in (0, 1) for row in describe(undisturbed, settings(served.url), rank)]
     assert rows_of(run) == expected and len(expected) == 60
@@ -173,7 +173,7 @@ def test_killed_and_run_again_pays_for_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_no_key_and_no_picture_in_the_log_of_a_run_that_breaks(tmp_path: Path) -> None:
-    run = complete_stage(tmp_path, "dedup", [[pair(n) for n in range(5)]])
+    run = complete_stage(tmp_path, "balance", [[pair(n) for n in range(5)]])
 
     def echo(body: dict) -> Sent:
         return Sent({"error": {"message": f"{SECRET}: {body['messages']}"}}, 401)
@@ -188,7 +188,7 @@ def test_no_key_and_no_picture_in_the_log_of_a_run_that_breaks(tmp_path: Path) -
 
 def test_a_traceback_shows_no_values(tmp_path: Path) -> None:
     """A fault of our own, in the middle of a request: the log has the traceback, and nothing of what was in hand."""
-    run = complete_stage(tmp_path, "dedup", [[pair(1)]])
+    run = complete_stage(tmp_path, "balance", [[pair(1)]])
     table = pq.read_table(run.images_file(0))
     broken = pa.array([{"bytes": b"PICTURE-BYTES" * 9, "path": "x.jpg"}], table.schema.field("image").type)
     pq.write_table(table.set_column(1, table.schema.field("image"), broken), run.images_file(0))

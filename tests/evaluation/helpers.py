@@ -1,5 +1,6 @@
-"""Commands run as a user runs them."""
+"""Commands run as a user runs them, and what they leave."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,3 +18,7 @@ def run_python(*arguments: str, **changed: str) -> subprocess.CompletedProcess:
         [sys.executable, *map(str, arguments)],
         cwd=REPOSITORY, env=environment(**changed), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

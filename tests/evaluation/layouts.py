@@ -336,6 +336,77 @@ def bundle(folder: Path, rows: Rows = BUNDLE) -> Path:
     return folder
 
 
+# Clinical cases: a licence holder's scrape, MedThinkVQA, and cases of one's own.
+
+
+def jama_row(number: int, **change: Any) -> dict[str, Any]:
+    return {
+        "id": number, "link": f"https://jamanetwork.com/journals/jama/fullarticle/28{number:05}",
+        "question": f"A woman in her {2 + number}0s has a rash. What would you do next?",
+        "opa": "Biopsy", "opb": "Wait", "opc": "C. Give steroids", "opd": "Amputate", "diagnosis": "Rash",
+        "answer_idx": "ABCD"[number % 4], "answer": "",
+        "explanation": f"The rash of case {number} is itchy. Biopsy shows spongiosis.",
+        "field": ("Dermatology", "Neurology")[number % 2],
+    } | change  # fmt: skip
+
+
+JAMA: Rows = tuple(map(jama_row, range(3)))
+
+
+def jama(folder: Path, rows: Rows = JAMA, pictures: bool = True) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "jama_raw.json", list(rows))
+    for number, row in enumerate(rows) if pictures else ():
+        of_case = folder / "images" / str(row["link"]).rpartition("/")[2]
+        of_case.mkdir(parents=True, exist_ok=True)
+        for place in range(1 + number % 2):
+            (of_case / f"{place}.png").write_bytes(picture(40 + 2 * number + place))
+    return folder
+
+
+def medthinkvqa_row(number: int, **change: Any) -> dict[str, Any]:
+    return {
+        "title": f"Case number {19250 + number}", "CLINICAL_HISTORY": f"A {40 + number}-year-old with hand pain.",
+        "IMAGING_FINDINGS": "Oedema that must not be told.", "discussion": f"Case {number}: oedema suggests myositis.",
+        "options": {"A": "Arthritis", "B": "Myositis", "C": "Sclerosis", "D": "Gout", "E": "Sprain"},
+        "correct_answer": "ABCDE"[number % 5], "correct_answer_text": "", "ICD Chapter": "Chapter XIII",
+        "is_longitudinal": False, "image_count": 2, "image_01_path": f"images/case{19250 + number}/a.jpg",
+        "image_01_caption": "Oedema that must not be told.", "image_02_path": f"images/case{19250 + number}/b.jpg",
+    } | change  # fmt: skip
+
+
+MEDTHINKVQA: Rows = tuple(map(medthinkvqa_row, range(2)))
+
+
+def medthinkvqa(folder: Path, rows: Rows = MEDTHINKVQA) -> Path:
+    write_lines(folder / "test.jsonl", rows)
+    for number, row in enumerate(rows):
+        for name in (row["image_01_path"], row["image_02_path"]):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(picture(60 + 2 * number + name.endswith("b.jpg"), kind="JPEG"))
+    return folder
+
+
+def case_row(number: int, **change: Any) -> dict[str, Any]:
+    return {
+        "id": f"case-{number}", "question": f"Patient {number} coughs. Which diagnosis?",
+        "options": ["Pneumonia", "Cancer", "Asthma"], "answer": "ABC"[number % 3],
+        "images": [f"images/{number}.png"], "discussion": f"Patient {number} has fever and consolidation.",
+        "reasoning": ("inference", "knowledge")[number % 2],
+    } | change  # fmt: skip
+
+
+CASES: Rows = tuple(map(case_row, range(3)))
+
+
+def cases(folder: Path, rows: Rows = CASES) -> Path:
+    write_lines(folder / "cases.jsonl", rows)
+    (folder / "images").mkdir()
+    for number in range(len(rows)):
+        (folder / "images" / f"{number}.png").write_bytes(picture(80 + number))
+    return folder
+
+
 # The demonstration's own.
 
 
@@ -351,9 +422,21 @@ def phantom(folder: Path) -> Path:
     return folder
 
 
+def phantom_follow_up(folder: Path) -> Path:
+    row = {
+        "id": "follow_up_1", "image": ["images/1.png"], "question": "Which?", "options": ["yes", "no"], "answer": "B",
+        "groups": {"modality": "CT"},
+    }  # fmt: skip
+    write_json(folder / "phantom_follow_up.json", [row])
+    (folder / "images").mkdir()
+    (folder / "images" / "1.png").write_bytes(picture(1))
+    return folder
+
+
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "phantom": phantom,
     "phantom-large": phantom,
+    "phantom-follow-up": phantom_follow_up,
     "vqa-rad": short_answers,
     "slake-en": slake,
     "slake-zh": slake,
@@ -370,6 +453,9 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "mmmu-pro-medical-vision": partial(mmmu_pro, config="vision"),
     "medxpertqa-mm": medxpertqa,
     "gmai-mmbench-val": gmai,
+    "jama-clinical-challenge": jama,
+    "medthinkvqa": medthinkvqa,
+    "case-challenge": cases,
 } | {f"huatuo-{part}": bundle for part in ("vqa-rad", "slake", "pathvqa", "pmc-vqa", "omnimedvqa", "mmmu-val")}
 
 

@@ -100,13 +100,14 @@ def test_the_same_data_elsewhere_is_the_same_benchmark(name: str, tmp_path: Path
 
 def test_expected_counts_are_the_published_ones():
     expected = {
-        "phantom": 600, "phantom-large": 1_800,
+        "phantom": 600, "phantom-large": 1_800, "phantom-follow-up": 600,
         "vqa-rad": 451, "slake-en": 645 + 416, "slake-zh": 613 + 420, "pathvqa": 6_719,
         "pmc-vqa": 2_000, "pmc-vqa-v1": 50_000, "pmc-vqa-v2": 33_430, "omnimedvqa": 88_996, "mmmu-medical-dev": 25,
         "mmmu-medical-val": 150, "mmmu-medical-test": 326 + 325 + 162 + 430 + 509, "mmmu-pro-medical": 286,
         "mmmu-pro-medical-4": 286, "mmmu-pro-medical-vision": 286, "medxpertqa-mm": 2_000, "gmai-mmbench-val": 4_550,
         "huatuo-vqa-rad": 251, "huatuo-slake": 416, "huatuo-pathvqa": 3_362, "huatuo-pmc-vqa": 2_000,
         "huatuo-omnimedvqa": 4_040 + 1_991 + 1_354 + 1_019 + 796 + 728 + 626 + 570, "huatuo-mmmu-val": 145 + 5,
+        "case-challenge": None, "jama-clinical-challenge": None, "medthinkvqa": 720,
     }  # fmt: skip
     assert {name: benchmark.expected_n for name, benchmark in BENCHMARKS.items()} == expected
     assert SETS["huatuo-bundle"] == tuple(name for name in expected if name.startswith("huatuo-"))
@@ -288,6 +289,59 @@ def test_medxpertqa_cuts_only_the_choices(tmp_path: Path):
     (loaded,) = load("medxpertqa-mm", layouts.medxpertqa(tmp_path, [row])).rows
     assert loaded.question == "Which 'Answer Choices: (A)' is meant?"
     assert loaded.options == ("v", "w", "x", "y", "z")
+
+
+def test_jama_cases_are_found_by_their_articles(tmp_path: Path):
+    loaded = load("jama-clinical-challenge", layouts.jama(tmp_path))
+    assert [row.id for row in loaded.rows] == ["2800000", "2800001", "2800002"]
+    second = loaded.rows[1]
+    assert (second.options, second.answer) == (("Biopsy", "Wait", "Give steroids", "Amputate"), "B")
+    assert shades(second) == [42, 43] and second.groups == {"field": "Neurology"}
+    assert second.extra == {
+        "case": "jama/2800001",
+        "reference": "The rash of case 1 is itchy. Biopsy shows spongiosis.",
+    }
+    file = load("jama-clinical-challenge", tmp_path / "jama_raw.json")
+    assert [row.id for row in file.rows] == [row.id for row in loaded.rows]
+    without = layouts.jama(tmp_path / "bare", pictures=False)
+    assert "case 2800000 has no picture; put its pictures into images/2800000/" in refusal(
+        "jama-clinical-challenge", without
+    )
+
+
+@pytest.mark.parametrize("name", ["jama-clinical-challenge", "case-challenge"])
+def test_what_nobody_may_hand_on_is_not_downloaded(name: str, tmp_path: Path):
+    with pytest.raises(UserError, match=f"{name}: it can't be downloaded; give the folder .* {name}=PATH"):
+        BENCHMARKS[name].load(None)
+    assert "expected" in refusal(name, tmp_path) and "evaluation/README.md" in refusal(name, tmp_path)
+
+
+def test_medthinkvqa_shows_neither_captions_nor_findings(tmp_path: Path):
+    first, second = load("medthinkvqa", layouts.medthinkvqa(tmp_path)).rows
+    assert first.id == first.extra["case"] == "eurorad/19250"
+    assert first.question == "A 40-year-old with hand pain.\n\nWhat is the most likely diagnosis?"
+    assert (second.options[1], second.answer, shades(second)) == ("Myositis", "B", [62, 63])
+    assert first.groups == {"chapter": "Chapter XIII", "longitudinal": "False"}
+    assert "must not be told" not in json.dumps([first.question, first.options, first.extra])
+
+
+def test_own_cases(tmp_path: Path):
+    rows = [layouts.case_row(0), layouts.case_row(1, images=None, discussion=""), layouts.case_row(2, reasoning=None)]
+    folder = layouts.cases(tmp_path, rows)
+    (folder / "images" / "case-1").mkdir()
+    for name in ("b.png", "a.png", ".hidden"):
+        (folder / "images" / "case-1" / name).write_bytes(layouts.picture(ord(name[0])))
+    first, second, third = load("case-challenge", folder).rows
+    assert first.groups == {"reasoning": "inference"} and third.groups == {}
+    assert shades(second) == [ord("a"), ord("b")] and "reference" not in second.extra
+    for change, said in (
+        ({"reasoning": "guessing"}, "reasoning is 'guessing'; expected knowledge or inference"),
+        ({"answer": "D"}, "the letter of one of its options, A, B, C"),
+        ({"images": [1]}, "expected a list of file names"),
+        ({"id": "../x", "images": []}, "case ../x has no picture"),
+    ):
+        layouts.write_lines(folder / "cases.jsonl", [layouts.case_row(0, **change)])
+        assert said in refusal("case-challenge", folder)
 
 
 def test_gmai(tmp_path: Path, home: Path):
@@ -641,6 +695,19 @@ def test_from_the_hub_at_its_commit_and_again_without_it(tmp_path: Path):
         assert hub.sent("GET", "imgs.zip") and not hub.sent(path="KG.zip")
     # The server is gone: the copy in the cache serves, under the same commit.
     assert on_hub("slake-en", hub, tmp_path / "home")["revision"] == commit
+
+
+def test_of_medthinkvqa_only_the_test_cases_pictures_are_fetched(tmp_path: Path):
+    folder = layouts.medthinkvqa(tmp_path / "set")
+    for name in ("images/case1/train.jpg", "train.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not needed")
+    with FakeHub() as hub:
+        commit = publish(hub, "bio-nlp-umass/MedThinkVQA", folder)
+        loaded = on_hub("medthinkvqa", hub, tmp_path / "home")
+        assert loaded == {"revision": commit, "ids": ["eurorad/19250", "eurorad/19251"]}
+        assert hub.sent("GET", "images/case19250/a.jpg") and not hub.sent(path="train")
+    assert on_hub("medthinkvqa", hub, tmp_path / "home") == loaded
 
 
 def test_gated_unknown_and_unreachable_data_sets(tmp_path: Path):

@@ -17,9 +17,9 @@ from huatuo_vision import openai_endpoint
 from huatuo_vision.evaluation import endpoint as backend
 from huatuo_vision.evaluation.protocols import PROTOCOLS
 from huatuo_vision.schema import ImageRef, UserError
-from tests.evaluation.helpers import REPOSITORY
+from tests.evaluation.helpers import REPOSITORY, read_lines
 from tests.evaluation.server import Sent, completion, endpoint
-from tests.evaluation.tiny import mixed_rows, picture, read_lines
+from tests.evaluation.tiny import mixed_rows, picture
 
 DEFAULT = PROTOCOLS["default"]
 SAME_COMMAND = "run the same command again"
@@ -301,7 +301,7 @@ def test_the_models_identity_is_host_and_name():
 
 def test_no_torch_is_needed():
     code = (
-        "import sys; from huatuo_vision.evaluation import answers, endpoint, judges, rotations; "
+        "import sys; from huatuo_vision.evaluation import answers, endpoint, judges, variants; "
         "assert not {'torch', 'transformers', 'datasets', 'accelerate'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -26,8 +26,8 @@ from huatuo_vision.inputs.encode import Encoder
 from huatuo_vision.inputs.processor import load_processor
 from huatuo_vision.model.folder import find_model, load_model
 from huatuo_vision.schema import ImageRef, Message, Sample, UserError
-from tests.evaluation.helpers import REPOSITORY, environment, run_python
-from tests.evaluation.tiny import read_lines, save_tiny_model
+from tests.evaluation.helpers import REPOSITORY, environment, read_lines, run_python
+from tests.evaluation.tiny import save_tiny_model
 
 LIMIT = 12
 DEFAULT = PROTOCOLS["default"]

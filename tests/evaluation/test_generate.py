@@ -15,7 +15,8 @@ from huatuo_vision.evaluation import answers, generate
 from huatuo_vision.evaluation.protocols import PROTOCOLS, Decoding
 from huatuo_vision.inputs.processor import load_processor
 from huatuo_vision.schema import ImageRef, UserError
-from tests.evaluation.tiny import mixed_rows, picture, read_lines, save_tiny_model
+from tests.evaluation.helpers import read_lines
+from tests.evaluation.tiny import mixed_rows, picture, save_tiny_model
 
 GREEDY = replace(PROTOCOLS["default"], decoding=Decoding(max_new_tokens=12))
 SAMPLED = replace(

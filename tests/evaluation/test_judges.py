@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import pytest
 
 from huatuo_vision.evaluation import answers, endpoint, judges
+from huatuo_vision.evaluation.judge_client import Judge
 from huatuo_vision.schema import UserError
+from tests.evaluation.helpers import read_lines
 from tests.evaluation.server import Sent, completion
 from tests.evaluation.server import endpoint as serve
-from tests.evaluation.tiny import mixed_rows, read_lines
+from tests.evaluation.tiny import mixed_rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def judge(body: dict) -> Sent:
 
 def run(url, out, model="judge-1", changed=None, **kwargs):
     replies, verdicts = material()
-    return judges.judge_answers(changed or replies, verdicts, model, url, out, **kwargs)
+    return judges.judge_answers(changed or replies, verdicts, Judge(model, url, out / "judge.jsonl", **kwargs))
 
 
 def test_the_entry_counts_and_compares(tmp_path):
@@ -59,7 +61,9 @@ def test_the_entry_counts_and_compares(tmp_path):
     assert found == {
         "made-up": {
             "model": "judge-1",
-            "prompt_hash": hashlib.sha256(judges.PROMPT.encode()).hexdigest()[:16],
+            "host": server.url.split("/")[2],
+            "cache": "judge.jsonl",
+            "prompt_hash": hashlib.sha256(judges.PROMPT.text.encode()).hexdigest()[:16],
             "n": 8,
             "accuracy": by_judge,
             "agreement": agreement,
@@ -96,7 +100,8 @@ def test_answers_are_untouched_and_judgements_kept(tmp_path):
         assert len(server.requests) == 19
     assert before[1:] == replies[1:]
     line = next(line for line in read_lines(tmp_path / "judge.jsonl") if line["id"] == "row 6")
-    assert (line["judge"], line["reply"], line["prompt_hash"]) == ("incorrect", "not correct", judges.PROMPT_HASH)
+    assert (line["reply"], line["prompt"], line["prompt_hash"]) == ("not correct", "judge", judges.PROMPT.hash)
+    assert (line["model"], line["answered_by"], line["temperature"]) == ("judge-1", "m", 0.0)
 
 
 def test_rotated_rows_are_not_judged(tmp_path):
@@ -110,7 +115,7 @@ def test_rotated_rows_are_not_judged(tmp_path):
 def test_a_failing_judge_loses_nothing_and_a_torn_line_is_asked_again(tmp_path):
     broken = Sent({"error": {"message": "no"}}, 500, headers={"retry-after-ms": "1"})
     with serve(lambda body: broken if "<5>" in body["messages"][0]["content"] else judge(body)) as server:
-        with pytest.raises(UserError, match="failed .500: no.*; 8 judgements are kept, 1 are missing"):
+        with pytest.raises(UserError, match="failed .500: no.*; 8 judgements are kept in .*, 1 are missing"):
             run(server.url, tmp_path, concurrency=4)
         path = tmp_path / "judge.jsonl"
         path.write_bytes(path.read_bytes()[:-20])
@@ -130,10 +135,10 @@ def test_kappa_of_one_class_is_undefined_without_a_warning(tmp_path):
     verdicts = [Verdict(row.benchmark, row.id, "correct") for row in rows]
     with serve(lambda body: Sent(completion("correct"))) as server, warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = judges.judge_answers(replies, verdicts, "m", server.url, tmp_path)["made-up"]
+        found = judges.judge_answers(replies, verdicts, Judge("m", server.url, tmp_path / "judge.jsonl"))["made-up"]
         assert (found["agreement"], found["kappa"]) == (1.0, None)
         verdicts = [Verdict(row.benchmark, row.id, "wrong") for row in rows]
-        found = judges.judge_answers(replies, verdicts, "m", server.url, tmp_path)["made-up"]
+        found = judges.judge_answers(replies, verdicts, Judge("m", server.url, tmp_path / "judge.jsonl"))["made-up"]
         assert (found["accuracy"], found["agreement"], found["kappa"]) == (1.0, 0.0, 0.0)
 
 

@@ -12,7 +12,8 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from huatuo_vision.evaluation import generate, likelihood
 from huatuo_vision.evaluation.protocols import PROTOCOLS, Decoding
 from huatuo_vision.schema import UserError
-from tests.evaluation.tiny import mixed_rows, read_lines, save_tiny_model
+from tests.evaluation.helpers import read_lines
+from tests.evaluation.tiny import mixed_rows, save_tiny_model
 
 PROTOCOL = replace(PROTOCOLS["default"], decoding=Decoding(max_new_tokens=4))
 TEMPLATES = Path(likelihood.__file__).parents[1] / "model" / "chat_templates"

@@ -52,6 +52,8 @@ def test_protocols_are_what_they_were():
         "huatuo-2024": "9b76aa5504158342",
         "mmmu-official": "93e39e6655fad858",
         "llava-med": "891633ae9169b7f0",
+        "open": "382ea6c45681cd9d",
+        "explain": "63c43e0dbdc0713e",
     }
 
 

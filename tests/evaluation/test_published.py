@@ -1,15 +1,19 @@
 """The paper's numbers as typed: what they average to, and where they may stand."""
 
+import re
+
 import pytest
 
-from huatuo_vision.evaluation.benchmarks import BENCHMARKS
+from huatuo_vision.evaluation.benchmarks import BENCHMARKS, SETS
 from huatuo_vision.evaluation.published import (
     BASE,
     HEADLINE,
     HUATUO_7B,
+    MEANS,
     PUBLISHED,
     PUBMEDVISION,
     RELATED,
+    RUBRIC_SCORES,
     cell,
     published_for,
 )
@@ -90,7 +94,20 @@ def test_every_number_is_a_fraction_and_every_name_a_benchmark():
         assert len({published.model for published in numbers}) == len(numbers)
         assert all(0.1 < v < 1 for p in numbers for v in (p.value, *p.groups.values()))
         assert all(published.protocol == "huatuo-2024" for published in numbers)
+    assert MEANS.keys() <= SETS.keys() and RUBRIC_SCORES.keys() <= BENCHMARKS.keys()
     assert all(any(p.model == model for p in PUBLISHED["huatuo-slake"]) for model in HEADLINE)
+
+
+def test_semihvisions_headline_is_what_it_says_of_huatuo_and_says_what_is_unknown():
+    names = SETS["vqa-letters"]
+    printed = {target.model: target.value for target in MEANS["vqa-letters"]}
+    copied = sum(by_model(name)["HuatuoGPT-Vision-34B"].value for name in names) / 4
+    assert printed["HuatuoGPT-Vision-34B"] == pytest.approx(copied, abs=0.0005) and copied == pytest.approx(0.66675)
+    assert printed == {"PMC-Cambrian-8B-AN": 0.790, "HuatuoGPT-Vision-34B": 0.667, "Claude3-Opus": 0.557}
+    scores = {target.model: target.value for target in RUBRIC_SCORES["jama-clinical-challenge"]}
+    assert scores == {"PMC-Cambrian-8B-AN": 1.29, "HuatuoGPT-Vision-34B": 1.13, "Claude3-Opus": 1.17}
+    for target in (*MEANS["vqa-letters"], *RUBRIC_SCORES["jama-clinical-challenge"]):
+        assert re.search("known|copied", target.unknown), target
 
 
 def test_standing():

@@ -148,6 +148,18 @@ def test_other_peoples_text_is_never_markup_in_the_page(tmp_path):
     assert page.data["data-pictures"] == {}, "a picture's name that is no checksum is never made a path"
 
 
+def test_other_peoples_text_is_never_markup_in_a_comparison(tmp_path):
+    one, other = simple(tmp_path / "one", 3, n=6), simple(tmp_path / "other", 5, n=6, weights="w", model="m")
+    plain, _ = written(one, one.against(other), other)
+    hostile = hostile_result(tmp_path / "hostile")
+    second = hostile_result(tmp_path / "second")
+    page, _ = written(hostile, hostile.against(second), second)
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in plain.elements}
+    assert sum(tag == "script" for tag, _ in page.elements) == sum(tag == "script" for tag, _ in plain.elements)
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert "onerror=alert(1)" in page.said, "it is shown, as text"
+
+
 def test_other_peoples_text_stays_in_its_cell_of_the_markdown(tmp_path):
     _, markdown = written(hostile_result(tmp_path / "hostile"))
     assert "\ud800" not in markdown and "\u202e" not in markdown

@@ -9,10 +9,11 @@ import pytest
 from huggingface_hub import constants
 
 from huatuo_vision.evaluation import run
+from huatuo_vision.evaluation.benchmarks import chosen_benchmarks
 from huatuo_vision.schema import UserError
-from tests.evaluation.helpers import run_python
+from tests.evaluation.helpers import read_lines, run_python
 from tests.evaluation.server import Sent, completion, endpoint
-from tests.evaluation.tiny import read_lines, save_tiny_model
+from tests.evaluation.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -238,4 +239,4 @@ def test_commands_that_do_not_fit_together_are_one_sentence(command, arguments, 
 
 
 def test_a_set_stands_for_its_members():
-    assert list(run.chosen_benchmarks(["huatuo-bundle", "phantom"]))[-2:] == ["huatuo-mmmu-val", "phantom"]
+    assert list(chosen_benchmarks(["huatuo-bundle", "phantom"]))[-2:] == ["huatuo-mmmu-val", "phantom"]

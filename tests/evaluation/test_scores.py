@@ -73,7 +73,7 @@ def test_the_head_and_every_key():
         "title", "note", "revision", "protocol_hash", "n", "expected_n", "correct", "unparsed", "ungraded", "accuracy",
         "ci95", "ci_method", "clusters", "micro", "macro", "macro_over", "macro_ci95", "comparable",
         "why_not_comparable", "expectation", "smallest_detectable_difference", "groups", "open", "baselines",
-        "rotation", "calibration", "judge",
+        "rotation", "controls", "calibration", "judge", "rubric", "concepts", "reasoning",
     }  # fmt: skip
     assert (one["n"], one["correct"], one["unparsed"], one["ungraded"]) == (3, 1, 1, 1)
     assert one["accuracy"] == one["micro"] == pytest.approx(1 / 3)

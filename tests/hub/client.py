@@ -42,6 +42,10 @@ def set_token(token: str | None) -> None:
         os.environ["HF_TOKEN"] = token
 
 
+def set_patience(seconds: float) -> None:
+    hub.SILENCE_SECONDS = seconds
+
+
 def make_model(folder: str) -> int:
     """A LLaVA with random weights and its processor, as a phase saves them; returns its number of parameters."""
     import torch
@@ -130,7 +134,7 @@ def call(function: str, arguments: list[Any], options: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    functions = (push, try_push, command, set_token, make_model, load_model, push_and_load_dataset, call)
+    functions = (push, try_push, command, set_token, set_patience, make_model, load_model, push_and_load_dataset, call)
     calls = {function.__name__: function for function in functions}
     answers, sys.stdout = sys.stdout, sys.stderr
     sleep = time.sleep

@@ -417,6 +417,19 @@ def test_transient_failures_are_retried_by_the_client(hub: FakeHub, client: Clie
     assert client.try_push(folder=str(light), repo_id="org/retried", **PRIVATE)["ok"]
 
 
+def test_a_slow_hub_is_waited_for_and_a_silent_one_is_not(hub: FakeHub, client: Client, light: Path) -> None:
+    client.set_patience(seconds=1.0)
+    try:
+        hub.stall_next(0.5, method="POST", path="/commit/")
+        assert client.try_push(folder=str(light), repo_id="org/slow", **PRIVATE)["ok"]
+        hub.stall_next(2.0, method="POST", path="/commit/")
+        result = client.try_push(folder=str(light), repo_id="org/silent", **PRIVATE)
+    finally:
+        client.set_patience(seconds=120.0)
+    assert not result["ok"] and "Timeout" in one_sentence(result["error"])
+    assert "--repo org/silent" in result["redo_command"]
+
+
 @pytest.mark.parametrize("token", [None, "hf_" + "wrong0token" * 3])
 def test_a_missing_or_wrong_token_is_one_sentence(hub: FakeHub, client: Client, light: Path, token: str | None) -> None:
     client.set_token(token=token)

@@ -395,6 +395,14 @@ def test_reports_can_be_read(data, run):
     assert set(run.report()) == {"sources", "phases", "dropped_ids"}
 
 
+def test_ids_of_others_are_no_markup_in_the_report(data, run):
+    data.add(id_="<img src=x onerror=alert(1)>\n# Head", answer=" ")
+    data.add()
+    run(make_recipe({"a": data}))
+    page = (run.out / "prepare" / "report.md").read_text()
+    assert "&lt;img src=x onerror=alert(1)&gt; # Head: " in page and "<img" not in page and "\n# Head" not in page
+
+
 def test_a_log_file_gets_lines_of_progress(data, run, monkeypatch):
     monkeypatch.setattr(preparation, "LOG_SECONDS", -1)
     for _ in range(7):
@@ -479,3 +487,15 @@ def test_a_worker_does_not_outlive_a_killed_parent(tmp_path):
             return
         time.sleep(0.05)
     pytest.fail("the worker still runs 10 s after its parent was killed")
+
+
+def test_the_pool_knows_the_data_by_their_content(data, run, tmp_path):
+    def contents() -> tuple[str, ...]:
+        run(make_recipe({"a": data}))
+        return load_pool(make_recipe({"a": data}), "align", run.out, seed=0).contents
+
+    data.add(words=3, answer="left lung")
+    before = contents()
+    assert contents() == before
+    data.rows[-1]["messages"][1]["content"] = "right lung"  # no token more or less
+    assert contents() != before

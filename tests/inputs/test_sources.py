@@ -498,7 +498,7 @@ def test_parquet_with_images_inside(folder):
     assert caught.value.reason == "empty_image"
     with pytest.raises(BadSample, match="'a': has no image"):
         source.sample(3)
-    assert source.content_keys(0, 2) != source.content_keys(1, 3)
+    assert source.content_keys(0, 2)[0] != source.content_keys(1, 3)[0]
     assert set(source.record()["sha256"]) == {"0.parquet", "1.parquet"}
 
 
@@ -601,19 +601,42 @@ def test_content_keys_change_with_all_that_a_sample_is_made_from(folder):
     archive(folder.path / "z.zip", pmc_2_0=picture(2))
     rows = [pubmedvision_row(1), pubmedvision_row(2), pubmedvision_row(3), 7]
 
-    def key(start: int = 0, stop: int = 4, rows: list = rows, **spec) -> str:
+    def keys(start: int = 0, stop: int = 4, rows: list = rows, **spec) -> tuple[str, str]:
         return folder.open(rows, **(PMV | spec)).content_keys(start, stop)
 
-    before = key()
-    assert key() == before and key(0, 3) != before
-    seen = {before, key(rows=[pubmedvision_row(1, body_part="Head"), *rows[1:]]), key(language="zh")}
-    os.utime(folder.path / "pmc_1_0.png", (1, 1))
-    seen.add(key())
+    before = keys()
+    assert keys() == before and keys(0, 3)[0] != before[0]
+    seen = {before, keys(rows=[pubmedvision_row(1, body_part="Head"), *rows[1:]]), keys(language="zh")}
     archive(folder.path / "z.zip", pmc_2_0=picture(5))
-    seen.add(key())
+    seen.add(keys())
     (folder.path / "pmc_3_0.png").write_bytes(picture(3))
-    seen.add(key())
-    assert len(seen) == 6
+    seen.add(keys())
+    assert len({content for content, _ in seen}) == len({timed for _, timed in seen}) == 5
+    copied = keys()
+    os.utime(folder.path / "pmc_1_0.png", (1, 1))
+    assert keys()[0] == copied[0] and keys()[1] != copied[1]
+
+
+def test_an_image_name_is_looked_up_the_same_way_alone_and_among_many(folder):
+    (folder.path / "pmc_1_0.png").write_bytes(picture(1))
+    archive(folder.path / "a.zip", some__pmc_2_0=picture(2), pmc_3_0=picture(3))
+    archive(folder.path / "b.zip", some__pmc_2_0=picture(2), some__pmc_4_0=picture(4))
+    images = folder.open([pubmedvision_row(1)], **PMV).images
+    names = [f"images/pmc_{n}_0.png" for n in (4, 1, 9, 2, 3, 2)] + ["../pmc_1_0.png", "/etc/passwd", "", "x/", "a\0b"]
+    for name, stamp in zip(names, images.stamps(names), strict=True):
+        assert [stamp] == images.stamps([name])
+        try:
+            found = images.find(name)
+        except sources.ImageNameError:
+            assert stamp == ("refused", "")
+            continue
+        if found.archive:
+            assert ":" in stamp[0] and not stamp[1]
+        elif os.path.isfile(found.path):
+            assert stamp[0] == str(os.path.getsize(found.path)) and stamp[1]
+        else:
+            assert stamp == ("missing", "")
+    assert [size for size, _ in images.stamps(names)].count("missing") == 4
 
 
 def test_texts_are_those_of_the_samples(folder):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -44,9 +45,14 @@ class Launcher:
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         return os.environ | added | offline | {"CUDA_VISIBLE_DEVICES": ""}
 
-    def run(self, out: Path, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
+    def run(
+        self, out: Path, *arguments: str, code: int = 0, largest_file: int | None = None, **options
+    ) -> subprocess.CompletedProcess:
+        command = self.command(out, *arguments, **options)
+        if largest_file is not None:
+            command = ["bash", "-c", f'ulimit -f {largest_file // 1024}; exec "$@"', "-", *command]
         done = subprocess.run(
-            self.command(out, *arguments, **options),
+            command,
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -71,8 +77,16 @@ class Launcher:
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
+
+
+def kill_all(launched: subprocess.Popen) -> None:
+    """SIGKILL a launcher and all that it started; torchrun gives each process a session of its own."""
+    first = psutil.Process(launched.pid)
+    for process in [first, *first.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    launched.wait()
 
 
 @pytest.fixture(scope="session")

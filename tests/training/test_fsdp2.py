@@ -1,15 +1,14 @@
 """The shipped FSDP2 configuration shards over two processes, learns the same, resumes, and writes the model whole."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.training.conftest import ROOT, TINY, largest_difference
+from huatuo_vision.training.export import export_checkpoint
+from tests.training.conftest import ROOT, TINY, kill_all, largest_difference
 from tests.training.test_variants import both_phases
 
 
@@ -38,10 +37,15 @@ def test_two_sharded_processes_learn_what_one_learns_also_resumed(launcher, fini
         assert process.poll() is None, process.stdout.read()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
     files = json.loads((out / "instruct/checkpoint-5/manifest.json").read_text())["files"]
     assert any(name.startswith("pytorch_model_fsdp_0/") for name in files), "FSDP wrote no sharded weights"
+    one = tmp_path / "one"
+    launcher.run_and_kill(one, lambda: (one / "instruct/checkpoint-5/manifest.json").exists())
+    for run in (out, one):
+        export_checkpoint(run / "instruct/checkpoint-5", tmp_path / f"{run.name}-5")
+    assert largest_difference(tmp_path / "fsdp-5", tmp_path / "one-5") < 2e-5
+    assert largest_difference(tmp_path / "fsdp-5", out / "align/model") > 1e-4
 
     process = start(launcher, out)
     output, _ = process.communicate(timeout=300)

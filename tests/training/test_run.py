@@ -7,7 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from huatuo_vision.schema import UserError
 from huatuo_vision.training.checkpoint import latest_checkpoint, read_manifest
+from huatuo_vision.training.export import export_checkpoint
 from tests.training.conftest import largest_difference, log_lines, weights
 
 
@@ -160,6 +162,24 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(launcher, finis
     assert largest_difference(finished / "final", out / "final") == 0
 
 
+@pytest.mark.slow
+def test_a_full_disk_costs_no_checkpoint_and_the_same_command_goes_on(launcher, finished, tmp_path):
+    out = tmp_path / "full"
+    launcher.run_and_kill(out, lambda: (out / "instruct/checkpoint-5").exists())
+    # The optimizer's state, the largest file, finds no room: its writer fails half way.
+    limit = (out / "instruct/checkpoint-5/optimizer.pt").stat().st_size * 3 // 4
+    done = launcher.run(out, code=2, largest_file=limit)
+    sentence = " ".join(done.stderr.split())
+    assert (
+        "no room for checkpoint-10 of instruct" in sentence and "goes on from checkpoint-5, which is whole" in sentence
+    )
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in sorted((out / "instruct").glob("*check*"))] == ["checkpoint-5"]
+    assert not (out / "instruct/.saving").exists(), "the half of it is taken away, and its room is free again"
+    assert "resuming instruct from" in launcher.run(out).stdout
+    assert largest_difference(finished / "final", out / "final") == 0
+
+
 def test_a_step_that_is_not_finite_is_not_applied(launcher, tmp_path):
     out = tmp_path / "nan"
     done = launcher.run(out, "--set", "phases.align.train.projector.lr=1e38", code=2)
@@ -248,7 +268,7 @@ def test_trackers_write_offline(launcher, tmp_path, monkeypatch):
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
-def test_checkpoint_holds_exactly_what_trains(launcher, tmp_path):
+def test_a_checkpoint_holds_exactly_what_trains_and_becomes_a_model_folder(launcher, tmp_path):
     out = tmp_path / "ck"
     launcher.run_and_kill(out, lambda: (out / "align/checkpoint-5").exists())
     checkpoint, refused = latest_checkpoint(out / "align")
@@ -256,3 +276,15 @@ def test_checkpoint_holds_exactly_what_trains(launcher, tmp_path):
     saved = safetensors.torch.load_file(checkpoint / "trainable.safetensors")
     assert {name.split(".")[1] for name in saved} == {"multi_modal_projector"}
     assert read_manifest(checkpoint)["world_size"] == 1
+
+    export_checkpoint(checkpoint, tmp_path / "exported")
+    projector = {module: name for name in weights(tmp_path / "exported") if (module := f"model.{name}") in saved}
+    assert projector.keys() == saved.keys()
+    assert changed_parts(out / "base", tmp_path / "exported") == set(projector.values())
+    exported = weights(tmp_path / "exported")
+    assert all(torch.equal(exported[name], saved[module]) for module, name in projector.items())
+    with pytest.raises(UserError, match="exists; name another folder"):
+        export_checkpoint(checkpoint, tmp_path / "exported")
+    (checkpoint / "trainable.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="no whole checkpoint: trainable.safetensors has 3 bytes"):
+        export_checkpoint(checkpoint, tmp_path / "another")

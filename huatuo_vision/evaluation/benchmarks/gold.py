@@ -21,7 +21,7 @@ def yes_no_letter(answer: str) -> str | None:
 def options_of(value: Any, record: Record) -> tuple[str, ...]:
     """A list, or a list written as a Python literal. Raises UserError for anything else."""
     if isinstance(value, str):
-        value = _literal(value)
+        value = literal(value)
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, (str, int, float)) for item in value):
         raise record.error(f"the options are {shown(record.get('options'))}; expected a list of texts")
     return _lettered([str(item).strip() for item in value], record)
@@ -69,10 +69,10 @@ def letter_of_text(gold: str, options: tuple[str, ...], record: Record) -> tuple
 def accepted_answers(value: Any, record: Record) -> str | tuple[str, ...]:
     """The gold of an open question: one text, several (also as a Python literal of a list), or HIDDEN."""
     if isinstance(value, str) and value.strip().startswith("["):
-        literal = _literal(value)
+        listed = literal(value)
         # The one answer "[3, 5]" is not two answers.
-        if isinstance(literal, list) and literal and all(isinstance(item, str) for item in literal):
-            value = literal
+        if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed):
+            value = listed
     if isinstance(value, (int, float)):
         value = str(value)
     if isinstance(value, str) and value.strip():
@@ -92,7 +92,8 @@ def _lettered(options: list[str], record: Record) -> tuple[str, ...]:
     return tuple(options)
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """What a Python literal says; None for a text that is none."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

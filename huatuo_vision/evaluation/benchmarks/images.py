@@ -49,6 +49,14 @@ class Images:
             self._named[name] = found or ImageRef(path=name)
         return self._named[name]
 
+    def names_in(self, folder: str) -> list[str]:
+        """The files of a folder, by name, as `named` takes them; none where it is no folder inside the data's own."""
+        inside = PurePosixPath(folder)
+        if inside.is_absolute() or ".." in inside.parts or not (self._root / inside).is_dir():
+            return []
+        files = sorted(path.name for path in (self._root / inside).iterdir() if path.is_file())
+        return [str(inside / name) for name in files if not name.startswith(".")]
+
     def encoded(self, value: Any, where: str) -> ImageRef:
         """The picture in the cell of the row at `where`: encoded bytes, or a struct of bytes and path as on the Hub."""
         if isinstance(value, Mapping):

@@ -15,7 +15,7 @@ import json
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -186,11 +186,12 @@ class Repository:
     """
 
     benchmark: str
-    hub_id: str
+    hub_id: str | None  # None: nobody may hand the data on, so a local copy is all there is
     tables: tuple[str, ...]
     archives: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     packed: bool = False
+    named_files: Callable[[Path], Sequence[str]] | None = None  # a downloaded folder's tables -> patterns of the rest
     large: bool = False  # more pictures in its tables than memory should hold: they are kept as files in the cache
 
     @contextmanager
@@ -221,11 +222,21 @@ class Repository:
             images.close()
 
     def _download(self) -> tuple[Path, str]:
+        if self.hub_id is None:
+            raise UserError(
+                f"{self.benchmark}: it can't be downloaded; give the folder of your own copy as {self.benchmark}=PATH, "
+                "laid out as in huatuo_vision/evaluation/README.md"
+            )
         where = f"{self.benchmark}: the data set {self.hub_id}"
         page = f"https://huggingface.co/datasets/{self.hub_id}"
         patterns = [*(() if self.packed else self.tables), *self.archives]
         try:
             folder = Path(snapshot_download(self.hub_id, repo_type="dataset", allow_patterns=patterns))
+            if self.named_files is not None:
+                more = [*patterns, *self.named_files(folder)]
+                folder = Path(
+                    snapshot_download(self.hub_id, repo_type="dataset", revision=folder.name, allow_patterns=more)
+                )
         except errors.GatedRepoError:
             raise UserError(f"{where} is gated: accept its terms at {page} and log in with `hf auth login`") from None
         except errors.RepositoryNotFoundError:
@@ -283,9 +294,10 @@ class Repository:
 
     def _no_table(self, place: Path, patterns: Sequence[str]) -> UserError:
         here = sorted(path.name for path in place.iterdir()) if place.is_dir() else ["other files"]
+        published = f"https://huggingface.co/datasets/{self.hub_id}"
         return UserError(
-            f"{self.benchmark}: {place} holds {', '.join(here[:8]) or 'nothing'}; expected "
-            f"{', '.join(patterns)} as in https://huggingface.co/datasets/{self.hub_id}"
+            f"{self.benchmark}: {place} holds {', '.join(here[:8]) or 'nothing'}; expected {', '.join(patterns)} as in "
+            f"{published if self.hub_id else 'huatuo_vision/evaluation/README.md'}"
         )
 
     def _checksum(self, tables: Sequence[Table], images: Images) -> str:

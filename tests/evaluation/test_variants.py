@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from huatuo_vision.evaluation.rotations import with_rotations
 from huatuo_vision.evaluation.rows import HIDDEN
+from huatuo_vision.evaluation.variants import with_rotations
 from tests.evaluation.tiny import ORGANS, mixed_rows
 
 ROW = replace(mixed_rows(2)[1], options=ORGANS[:4], answer="C", extra={"case": "7"})

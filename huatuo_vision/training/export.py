@@ -1,0 +1,71 @@
+"""A checkpoint of a run in progress as a model folder, whole, whether it was written sharded (FSDP2) or not:
+
+    python -m huatuo_vision.training.export --checkpoint runs/X/instruct/checkpoint-500 --out models/X-500
+
+One process on a CPU; the weights need room in memory once. The run goes on undisturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from huatuo_vision.cli import run_command
+from huatuo_vision.schema import UserError
+
+SHARDED_WEIGHTS = "pytorch_model_fsdp_0"  # as accelerate names them
+
+
+def export_checkpoint(checkpoint: Path, out: Path) -> None:
+    """Write the model folder `out` (an adapter's where the phase trains one) from a checkpoint of a run folder.
+
+    Raises UserError for what is no whole checkpoint in a run, one of DeepSpeed's, and a folder that exists.
+    """
+    import torch
+
+    from huatuo_vision.model.folder import replacing
+    from huatuo_vision.recipe import load_recipe
+    from huatuo_vision.training.checkpoint import fault_of
+    from huatuo_vision.training.phase import load_start, save_trained
+    from huatuo_vision.training.run import start_of
+    from huatuo_vision.training.trainer import TRAINABLE_WEIGHTS, load_trainable
+
+    if out.exists():
+        raise UserError(f"--out {out} exists; name another folder")
+    if fault := fault_of(checkpoint):
+        raise UserError(f"{checkpoint} is no whole checkpoint: {fault}; name another")
+    folder = checkpoint.resolve().parent
+    recipe = load_recipe(folder / "recipe.yaml")
+    phase, start = recipe.phases[folder.name], start_of(recipe, folder.name, folder.parent)
+    model = load_start(phase, start, torch.device("cpu"))
+    if (checkpoint / SHARDED_WEIGHTS).is_dir():
+        import torch.distributed.checkpoint as sharded
+
+        weights = {"model": model.state_dict()}
+        sharded.load(weights, checkpoint_id=checkpoint / SHARDED_WEIGHTS, no_dist=True)
+        model.load_state_dict(weights["model"])
+    elif (checkpoint / TRAINABLE_WEIGHTS).is_file():
+        load_trainable(checkpoint, model)
+    else:
+        raise UserError(
+            f"{checkpoint} holds neither {TRAINABLE_WEIGHTS} nor {SHARDED_WEIGHTS}/; DeepSpeed's own zero_to_fp32.py, "
+            "which lies in it, makes its weights whole"
+        )
+    with replacing(out) as new:
+        save_trained(model, model.state_dict(), start, new, phase)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m huatuo_vision.training.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/PHASE/checkpoint-N")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model folder to write")
+    arguments = parser.parse_args()
+    export_checkpoint(arguments.checkpoint, arguments.out)
+
+
+if __name__ == "__main__":
+    run_command(main)
