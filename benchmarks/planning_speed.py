@@ -29,7 +29,7 @@ def measure(samples: int, global_batch_size: int) -> dict[str, Any]:
 
     from huatuo_vision.inputs.assumed import draw_lengths
     from huatuo_vision.inputs.plan import plan_steps
-    from huatuo_vision.model.flops import ModelShape, sample_cost
+    from huatuo_vision.model.flops import EncoderShape, LayerStack, ModelShape, ProjectorShape, sample_cost
     from huatuo_vision.recipe import TrainSpec
 
     drawn = draw_lengths("pubmedvision.instruction", tokens_per_image=576)
@@ -37,7 +37,13 @@ def measure(samples: int, global_batch_size: int) -> dict[str, Any]:
     tokens, targets, images = (column[chosen] for column in drawn)
     tokens = tokens + (chosen % 7).astype(tokens.dtype)  # fewer samples alike
     train = TrainSpec(projector={"lr": 1e-3}, language_model={"lr": 2e-5})
-    cost = sample_cost(ModelShape(**_LLAMA3_8B_CLIP_L), train, tokens, targets, images)
+    stack = LayerStack(
+        layers=24, layers_read=23, hidden=1024, intermediate=4096, tokens=577, layer_weights=12 * 1024**2
+    )
+    clip = EncoderShape((stack,), patch_weights=3 * 14**2 * 1024, position_weights=577 * 1024)
+    projector = ProjectorShape.of_mlp(1024, 4096, 576)
+    shape = ModelShape(**_LLAMA3_8B, encoders=(clip,), projector=projector, image_tokens=576)
+    cost = sample_cost(shape, train, tokens, targets, images)
     tracemalloc.start()
     began = time.process_time()
     plan = plan_steps(
@@ -72,8 +78,8 @@ def measure(samples: int, global_batch_size: int) -> dict[str, Any]:
     }
 
 
-# Llama-3-8B and CLIP ViT-L/14 at 336 px, by ModelShape's names.
-_LLAMA3_8B_CLIP_L = {
+# By ModelShape's names; beside it CLIP ViT-L/14 at 336 px.
+_LLAMA3_8B = {
     "layers": 32,
     "hidden": 4096,
     "intermediate": 14336,
@@ -81,14 +87,6 @@ _LLAMA3_8B_CLIP_L = {
     "key_value_dim": 1024,
     "vocabulary": 128320,
     "tied_embeddings": False,
-    "vision_layers": 24,
-    "vision_layers_read": 23,
-    "vision_hidden": 1024,
-    "vision_intermediate": 4096,
-    "vision_tokens": 577,
-    "patch_weights": 3 * 14**2 * 1024,
-    "feature_layers": 1,
-    "image_tokens": 576,
 }
 
 

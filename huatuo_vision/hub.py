@@ -323,6 +323,7 @@ def render_card(
     repo_id: str,
     revision: str,
     adapter: bool,
+    own_architecture: bool = False,
     results: Sequence[EvalResult] = (),
 ) -> str:
     """The model card: every fact in it stands in the run record, the recipe's text, or the results of `eval.py`."""
@@ -335,7 +336,7 @@ def render_card(
         datasets=sorted(filter(_is_repo_id, data_from_hub)) or None,
         language=sorted({source.language for source in record.data.values() if source.language}) or None,
         pipeline_tag="image-text-to-text",
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if adapter else "huatuo-vision" if own_architecture else "transformers",
         tags=["medical", "llava", "huatuo-vision"],
         **({"model_name": record.recipe, "eval_results": list(results)} if results else {}),
     )
@@ -349,6 +350,7 @@ def render_card(
         recipe=Markup(recipe.strip()),
         fence=Markup("`" * max(3, longest + 1)),
         adapter=adapter,
+        own_architecture=own_architecture,
         results=results,
         location=Markup(json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision != "main" else "")),
         yes_or_no={True: "yes", False: "no"},
@@ -431,6 +433,7 @@ def _collect(folder: Path, repo_id: str, revision: str, license: str) -> dict[st
         repo_id=repo_id,
         revision=revision,
         adapter="adapter_config.json" in files,
+        own_architecture=_has_own_architecture(folder),
         results=_results(folder),
     )
     payload["run.json"] = record.model_dump_json(by_alias=True, indent=2, exclude_none=True).encode() + b"\n"
@@ -438,6 +441,14 @@ def _collect(folder: Path, repo_id: str, revision: str, license: str) -> dict[st
     payload["README.md"] = card.encode()
     _refuse_secrets(folder, payload)
     return payload
+
+
+def _has_own_architecture(folder: Path) -> bool:
+    """Whether the model is one of several encoders, which transformers' own classes do not load."""
+    config = folder / "config.json"
+    return (
+        config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "multi_encoder_llava"
+    )
 
 
 def _collect_dataset(folder: Path, *, private: bool) -> dict[str, bytes | Path]:

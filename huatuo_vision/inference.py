@@ -13,7 +13,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from huatuo_vision.inputs.processor import load_processor
+from huatuo_vision.inputs.processor import load_processor, tokens_per_image
 from huatuo_vision.model.folder import load_model
 from huatuo_vision.schema import UserError
 
@@ -68,10 +68,10 @@ def encode_prompts(
 ) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask (B, S) of prompts as the chat template rendered them, one `<image>` for each image.
 
-    pixel_values: (N, 3, H, W) in the order of the placeholders; None without images.
+    pixel_values: (N, 3, H, W), or (N, F) for several encoders, in the order of the placeholders; None without images.
     """
     if pixel_values is not None:
-        image = processor.image_token * features_per_image(processor, *pixel_values.shape[-2:])
+        image = processor.image_token * tokens_per_image(processor)
         prompts = [prompt.replace(processor.image_token, image) for prompt in prompts]
     # The template has written every special token already, the first one of the sequence included.
     # verbose: whoever asks says by himself that a prompt is too long.
@@ -79,10 +79,3 @@ def encode_prompts(
         list(prompts), padding=True, add_special_tokens=False, return_tensors="pt", verbose=False
     )
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-
-
-def features_per_image(processor: LlavaProcessor, height: int, width: int) -> int:
-    """As LlavaProcessor counts them, for an image of this many pixels."""
-    patches = (height // processor.patch_size) * (width // processor.patch_size)
-    class_token_dropped = processor.vision_feature_select_strategy == "default"
-    return patches + processor.num_additional_image_tokens - int(class_token_dropped)

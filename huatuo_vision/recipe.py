@@ -23,6 +23,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PlainSerializer,
     PositiveFloat,
     PositiveInt,
@@ -122,6 +123,43 @@ class VisionEncoderSpec(Pretrained):
         return self
 
 
+class NamedEncoderSpec(VisionEncoderSpec):
+    """One of several vision encoders: CLIP, SigLIP, DINOv2 or ConvNeXt."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    image_size: PositiveInt | None = Field(
+        None, description="pixels on a side, where the encoder can read other sizes than its own (DINOv2, ConvNeXt)"
+    )
+    feature_layer: int | None = Field(
+        None, description="hidden state that is handed on, counted as in model.feature_layer; absent: the last output"
+    )
+    side: PositiveInt | None = Field(
+        None, description="features on a side that are handed on, resized bilinearly; absent: the encoder's own"
+    )
+
+
+class SvaSpec(Strict):
+    """The Spatial Vision Aggregator of Cambrian-1 (arXiv:2406.16860); the defaults are its 8B release's."""
+
+    side: PositiveInt = Field(24, description="queries on a side; it divides every encoder's side")
+    depth: PositiveInt = 3
+    groups: PositiveInt = 1
+    width: PositiveInt = 1024
+    heads: PositiveInt = 16
+    newline: bool = Field(True, description="a learned vector ends each row of the image's features")
+    in_llm: tuple[NonNegativeInt, ...] = Field(
+        (), description="decoder layers after which the image's positions look through their windows again"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SvaSpec:
+        if self.width % self.heads:
+            raise refuse(f"width {self.width} is not divisible by {self.heads} heads; change one of them")
+        if list(self.in_llm) != sorted(set(self.in_llm)):
+            raise refuse(f"in_llm {list(self.in_llm)} must rise, each layer once")
+        return self
+
+
 class TokenizerSpec(Pretrained):
     """An existing tokenizer, or one trained on all texts under the recipe's `data`, used by a phase or not
     (`vocab_size`): recipes that list the same data have the same tokens whatever their phases use of it."""
@@ -172,12 +210,16 @@ class LlavaSpec(Pretrained):
 
 
 class ModelSpec(Strict):
-    """An encoder and a language model to compose, with a fresh projector; or a LLaVA checkpoint to go on from."""
+    """An encoder and a language model to compose, with a fresh projector; or a LLaVA checkpoint to go on from.
+
+    Several `vision_encoders` in place of one make another model than LLaVA (`model.multi_encoder`)."""
 
     vision_encoder: VisionEncoderSpec | None = None
+    vision_encoders: tuple[NamedEncoderSpec, ...] | None = Field(None, min_length=1)
     language_model: LanguageModelSpec | None = None
     llava: LlavaSpec | None = None
-    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    projector: Literal["mlp2x_gelu", "sva"] = "mlp2x_gelu"
+    sva: SvaSpec | None = None
     feature_layer: Annotated[int, BeforeValidator(_feature_layer)] = -2
     feature_strategy: Literal["default", "full"] = Field(
         "default",
@@ -187,24 +229,52 @@ class ModelSpec(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
-        if self.llava is None:
-            absent = [part for part in ("vision_encoder", "language_model") if getattr(self, part) is None]
-            if absent:
-                raise refuse(f"{' and '.join(absent)} missing; give vision_encoder and language_model, or llava alone")
+        if self.llava is not None:
+            own = [key for key in _CHECKPOINTS_OWN if key in self.model_fields_set and getattr(self, key) is not None]
+            if own:
+                raise refuse(f"{', '.join(own)} come with the llava checkpoint; remove them, or remove llava")
             return self
-        own = [key for key in _CHECKPOINTS_OWN if key in self.model_fields_set and getattr(self, key) is not None]
-        if own:
-            raise refuse(f"{', '.join(own)} come with the llava checkpoint; remove them, or remove llava")
+        if self.vision_encoders is not None:
+            return self._check_several()
+        absent = [part for part in ("vision_encoder", "language_model") if getattr(self, part) is None]
+        if absent:
+            raise refuse(f"{' and '.join(absent)} missing; give vision_encoder and language_model, or llava alone")
+        if self.projector == "sva" or self.sva is not None:
+            raise refuse(
+                "projector sva aggregates a list of encoders; give vision_encoders, a list, for vision_encoder"
+            )
+        return self
+
+    def _check_several(self) -> ModelSpec:
+        if self.vision_encoder is not None:
+            raise refuse("give vision_encoder or vision_encoders, not both")
+        if self.language_model is None:
+            raise refuse("language_model missing; give it beside vision_encoders")
+        names = [encoder.name for encoder in self.vision_encoders]
+        if len(set(names)) < len(names):
+            raise refuse(f"vision_encoders has a name twice: {', '.join(names)}; each encoder needs its own")
+        alone = sorted({"feature_layer", "feature_strategy"} & self.model_fields_set)
+        if alone:
+            raise refuse(f"{', '.join(alone)} go with one vision_encoder; of several, each has its own feature_layer")
+        if (self.projector == "sva") != (self.sva is not None):
+            raise refuse("projector: sva and the key sva (its sizes) go together; give both, or neither")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_the_checkpoints_own(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = serialize(self)
-        return {k: v for k, v in values.items() if k not in _CHECKPOINTS_OWN} if self.llava else values
+    def _only_what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what a checkpoint decides, and without what only several encoders have where there is one."""
+        left_out = set(_CHECKPOINTS_OWN) if self.llava else set()
+        if self.vision_encoders is None:
+            left_out |= {"vision_encoders", "sva"}
+        else:
+            left_out |= {"vision_encoder", "feature_layer", "feature_strategy"}
+        return {k: v for k, v in serialize(self).items() if k not in left_out}
 
     @property
     def pretrained(self) -> dict[str, Pretrained]:
         """What the first weights come from, by the key that names it."""
+        if self.vision_encoders is not None:
+            return {e.name: e for e in self.vision_encoders} | {"language_model": self.language_model}
         keys = ("llava",) if self.llava else ("vision_encoder", "language_model")
         return {key: getattr(self, key) for key in keys}
 
@@ -215,7 +285,15 @@ class ModelSpec(Strict):
 
 
 # What a LLaVA checkpoint decides itself.
-_CHECKPOINTS_OWN = ("vision_encoder", "language_model", "projector", "feature_layer", "feature_strategy")
+_CHECKPOINTS_OWN = (
+    "vision_encoder",
+    "vision_encoders",
+    "language_model",
+    "projector",
+    "sva",
+    "feature_layer",
+    "feature_strategy",
+)
 
 
 class Columns(Strict):
@@ -328,6 +406,16 @@ class PartTraining(Strict):
     lr: PositiveFloat
 
 
+class ProjectorTraining(PartTraining):
+    sva_lr: PositiveFloat | None = Field(
+        None, description="of the aggregator's queries and blocks, in the language model too; absent: lr"
+    )
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
+
+
 class LanguageModelTraining(PartTraining):
     lora: LoraSpec | None = None
 
@@ -339,7 +427,7 @@ class TrainSpec(Strict):
     """Which parts train, each with its own peak learning rate; false is frozen."""
 
     vision_encoder: Annotated[PartTraining | None, *FalseIfFrozen] = None
-    projector: Annotated[PartTraining | None, *FalseIfFrozen] = None
+    projector: Annotated[ProjectorTraining | None, *FalseIfFrozen] = None
     language_model: Annotated[LanguageModelTraining | None, *FalseIfFrozen] = None
 
     @model_validator(mode="after")
@@ -491,6 +579,11 @@ class Recipe(Strict):
                     raise refuse(
                         f"phases.{name}.data names the source {entry.source!r}; data has: {', '.join(self.data)}"
                     )
+            projector = phase.train.projector
+            if projector and projector.sva_lr and self.model.sva is None and self.model.llava is None:
+                raise refuse(
+                    f"phases.{name}.train.projector.sva_lr is for projector: sva, which the model lacks; remove it"
+                )
         return self
 
     def resolved(self) -> dict[str, Any]:

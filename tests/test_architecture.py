@@ -20,6 +20,7 @@ LEAVES = {
     "openai_endpoint",
     "caption_requests",
     "terms",
+    "multi_encoder_processor",
 }
 ALLOWED = {
     "schema": set(),
@@ -33,6 +34,7 @@ ALLOWED = {
     "openai_endpoint": {"schema"},
     "caption_requests": set(),
     "terms": {"schema"},
+    "multi_encoder_processor": {"schema"},  # made with the model, read with the data
     "inputs": LEAVES,  # knows nothing of models: a data set can be prepared without one
     "model": LEAVES,  # knows nothing of data
     "training": LEAVES | {"inputs", "model"},

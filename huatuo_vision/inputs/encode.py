@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from huatuo_vision.inputs.processor import load_processor
+from huatuo_vision.inputs.processor import load_processor, tokens_per_image
 from huatuo_vision.schema import IMAGE_PLACEHOLDER, BadSample, Message, Sample, UserError
 
 
@@ -45,14 +45,8 @@ class Encoder:
         self._template = processor.chat_template or self._tokenizer.chat_template
         self._special_tokens = self._tokenizer.special_tokens_map
         self.image_token_id = self._tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-        size = self._image_processor.crop_size or self._image_processor.size
-        side = size.get("height") or size["shortest_edge"]
-        class_token = processor.num_additional_image_tokens
-        self.image_size = side
-        self.tokens_per_image = (side // processor.patch_size) ** 2 + class_token
-        if processor.vision_feature_select_strategy == "default":
-            self.tokens_per_image -= 1
-        parts = (self._fast.to_str(), self._template, str(self.tokens_per_image), str(side))
+        self.tokens_per_image = tokens_per_image(processor)
+        parts = (self._fast.to_str(), self._template, str(self.tokens_per_image))
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
         self._check_template()
 
@@ -77,7 +71,7 @@ class Encoder:
         return encoded
 
     def pixel_values(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """(N, 3, H, W) float32, by the same image processor that inference uses."""
+        """(N, 3, H, W) float32, or (N, F) for several encoders, by the same image processor that inference uses."""
         return self._image_processor(images=list(images), return_tensors="np")["pixel_values"]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -90,7 +90,7 @@ def pack_row(
         },
     }
     if pixel_values is not None:
-        row["pixel_values"] = torch.from_numpy(pixel_values)  # (N, 3, H, W)
+        row["pixel_values"] = torch.from_numpy(pixel_values)  # (N, 3, H, W), or (N, F) for several encoders
         # Counted here, because a mask on the device makes the host wait for how many there are.
         row["image_positions"] = torch.from_numpy(np.flatnonzero(input_ids == image_token_id))  # (N * P,)
     return row

@@ -10,7 +10,9 @@ import yaml
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 
 from huatuo_vision.model.compose import config_from_values
+from huatuo_vision.model.encoders import GridEncoder
 from huatuo_vision.model.flops import ModelShape
+from huatuo_vision.model.multi_encoder import MultiEncoderConfig, check_grids
 from huatuo_vision.recipe import LanguageModelSpec, ModelSpec, VisionEncoderSpec, load_recipe
 from huatuo_vision.schema import OutOfReach
 
@@ -22,7 +24,7 @@ def known_shape(spec: ModelSpec) -> ModelShape:
     return ModelShape.from_config(_known_config(spec))
 
 
-def _known_config(spec: ModelSpec) -> LlavaConfig:
+def _known_config(spec: ModelSpec) -> LlavaConfig | MultiEncoderConfig:
     llava = spec.llava
     if llava is not None and llava.path is not None:
         if (Path(llava.path) / "config.json").is_file():
@@ -34,6 +36,18 @@ def _known_config(spec: ModelSpec) -> LlavaConfig:
         parts = _entry("llava", llava.id)
         return _known_config(ModelSpec.model_validate({key: {"id": id_} for key, id_ in parts.items()}))
     text = _part(spec.language_model, "language_model")
+    if spec.vision_encoders is not None:
+        grids = [
+            GridEncoder.of(e.name, _part(e, "vision_encoder"), e.image_size, e.feature_layer, e.side)
+            for e in spec.vision_encoders
+        ]
+        check_grids(grids, spec.sva.side if spec.sva else None)
+        return MultiEncoderConfig(
+            text_config=text,
+            encoders=[grid.to_dict() for grid in grids],
+            sva=spec.sva.model_dump(mode="json") if spec.sva else None,
+            tie_word_embeddings=text.tie_word_embeddings,
+        )
     return LlavaConfig(
         vision_config=_part(spec.vision_encoder, "vision_encoder"),
         text_config=text,
@@ -49,6 +63,8 @@ def _part(spec: VisionEncoderSpec | LanguageModelSpec, key: str) -> PreTrainedCo
     if spec.id is not None:
         return config_from_values(_entry(f"{key}s", spec.id), key)
     if not (Path(spec.path) / "config.json").is_file():
+        if spec.path in _table()[f"{key}s"]:
+            return config_from_values(_entry(f"{key}s", spec.path), key)
         raise OutOfReach(f"model.{key}.path {spec.path} holds no config.json")
     config = AutoConfig.from_pretrained(spec.path)
     return getattr(config, "vision_config", config) if key == "vision_encoder" else config

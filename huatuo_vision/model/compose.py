@@ -1,4 +1,5 @@
-"""Composes a LLaVA model from a vision encoder, a fresh projector and a language model, or takes a whole one over.
+"""Composes a model from one or several vision encoders, a fresh projector and a language model, or takes a whole one
+over. With one encoder it is a LLaVA.
 
 `compose_processor` writes everything but the weights, from configs and tokenizers alone, so a dry run
 downloads no weights; `compose_weights` adds them. The result is a model folder (`model.folder`).
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,12 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     GenerationConfig,
     LlavaConfig,
     LlavaImageProcessorPil,
@@ -41,14 +40,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from huatuo_vision.model.encoders import ENCODERS, LLAVA_ENCODERS, EncoderFamily, GridEncoder
 from huatuo_vision.model.folder import check_loaded, load_model, module_name, replacing, save_model_folder, write_config
+from huatuo_vision.model.multi_encoder import MultiEncoderConfig, check_grids, projector
 from huatuo_vision.model.processor import (
     finished_tokenizer,
     llava_image_processor,
@@ -59,23 +57,21 @@ from huatuo_vision.model.processor import (
     with_image_token,
     write_processor,
 )
-from huatuo_vision.recipe import LanguageModelSpec, LlavaSpec, ModelSpec, Pretrained, TokenizerSpec, VisionEncoderSpec
+from huatuo_vision.model.sva import start_vectors
+from huatuo_vision.multi_encoder_processor import MultiEncoderImageProcessor, MultiEncoderProcessor
+from huatuo_vision.recipe import (
+    LanguageModelSpec,
+    LlavaSpec,
+    ModelSpec,
+    NamedEncoderSpec,
+    Pretrained,
+    TokenizerSpec,
+    VisionEncoderSpec,
+)
 from huatuo_vision.schema import IMAGE_PLACEHOLDER, OutOfReach, UserError
 
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 
-
-@dataclass(frozen=True, slots=True)
-class _EncoderFamily:
-    config: type[PreTrainedConfig]
-    model: type[PreTrainedModel]
-    image_processor: type[CLIPImageProcessorPil] | type[SiglipImageProcessorPil]
-    class_tokens: int
-
-
-_CLIP = _EncoderFamily(CLIPVisionConfig, CLIPVisionModel, CLIPImageProcessorPil, class_tokens=1)
-_SIGLIP = _EncoderFamily(SiglipVisionConfig, SiglipVisionModel, SiglipImageProcessorPil, class_tokens=0)
-_ENCODERS = {"clip": _CLIP, "clip_vision_model": _CLIP, "siglip": _SIGLIP, "siglip_vision_model": _SIGLIP}
 
 # Model type -> class; Yi is a llama. Engines pick their language model by the class name in text_config.
 _LANGUAGE_MODELS = {
@@ -97,7 +93,9 @@ TEXT_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_sc
 _EOS, _PAD = "<|endoftext|>", "<|pad|>"
 
 
-def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None = None) -> LlavaConfig:
+def compose_processor(
+    spec: ModelSpec, folder: Path, texts: Iterator[str] | None = None
+) -> LlavaConfig | MultiEncoderConfig:
     """Writes config, generation config, tokenizer, image processor and chat template; no weights are read.
 
     `texts` are what a tokenizer is trained on, where the recipe asks for one of its own. Raises UserError for
@@ -105,11 +103,15 @@ def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None
     """
     if spec.llava is not None:
         return _take_over(spec, folder)
-    vision_config = _vision_config(spec.vision_encoder)
     text_config = _text_config(spec.language_model)
-    family = _ENCODERS[vision_config.model_type]
-    _check_features(spec, vision_config)
-    image_processor = _image_processor(spec.vision_encoder, vision_config)
+    if spec.vision_encoders is None:
+        vision_config = _vision_config(spec.vision_encoder, LLAVA_ENCODERS, "vision_encoder")
+        _check_features(spec, vision_config)
+        image_processor = _image_processor(spec.vision_encoder, vision_config, vision_config.image_size)
+    else:
+        grids = encoder_grids(spec.vision_encoders)
+        check_grids(grids, spec.sva.side if spec.sva else None)
+        _check_in_llm(spec, text_config)
     if texts is not None:
         texts = _with_role_markers(texts, _template(spec.chat_template))
 
@@ -117,42 +119,95 @@ def compose_processor(spec: ModelSpec, folder: Path, texts: Iterator[str] | None
     decided = spec.language_model.config is None or "vocab_size" in spec.language_model.config
     rows = text_config.vocab_size if decided else None
     tokenizer = _tokenizer(spec.language_model, texts, rows, max_length=text_config.max_position_embeddings)
-    end_of_turn = _check_template(spec.chat_template, tokenizer)
+    end_of_turn = check_template(spec.chat_template, tokenizer)
     rows = rows_needed(tokenizer, rows)
 
     text_config.vocab_size = rows
-    _name_tokens(text_config, tokenizer)
-    patches = (vision_config.image_size // vision_config.patch_size) ** 2
-    config = LlavaConfig(
-        architectures=["LlavaForConditionalGeneration"],
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
-        image_seq_length=patches + (family.class_tokens if spec.feature_strategy == "full" else 0),
-        projector_hidden_act="gelu",
-        multimodal_projector_bias=True,
-        vision_feature_layer=spec.feature_layer,
-        vision_feature_select_strategy=spec.feature_strategy,
-        tie_word_embeddings=text_config.tie_word_embeddings,
-        dtype=text_config.dtype or torch.float32,
-    )
-    _write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
+    name_tokens(text_config, tokenizer)
+    shared = {
+        "text_config": text_config,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        "tie_word_embeddings": text_config.tie_word_embeddings,
+        "dtype": text_config.dtype or torch.float32,
+    }
+    if spec.vision_encoders is None:
+        patches = (vision_config.image_size // vision_config.patch_size) ** 2
+        class_tokens = LLAVA_ENCODERS[vision_config.model_type].class_tokens
+        config = LlavaConfig(
+            architectures=["LlavaForConditionalGeneration"],
+            vision_config=vision_config,
+            image_seq_length=patches + (class_tokens if spec.feature_strategy == "full" else 0),
+            projector_hidden_act="gelu",
+            multimodal_projector_bias=True,
+            vision_feature_layer=spec.feature_layer,
+            vision_feature_select_strategy=spec.feature_strategy,
+            **shared,
+        )
+    else:
+        sva = spec.sva.model_dump(mode="json") if spec.sva else None
+        config = MultiEncoderConfig(encoders=[grid.to_dict() for grid in grids], sva=sva, **shared)
+        image_processor = several_image_processors(spec.vision_encoders, config)
+    write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
     return config
 
 
-def _take_over(spec: ModelSpec, folder: Path) -> LlavaConfig:
-    """`compose_processor` for a whole LLaVA: its config and tokenizer, our image processor and template."""
+def encoder_grids(specs: Sequence[NamedEncoderSpec]) -> list[GridEncoder]:
+    """What each encoder gives, from its config alone. Raises UserError for one that cannot give what is asked."""
+    configs = [_vision_config(spec, ENCODERS, f"vision_encoders ({spec.name})") for spec in specs]
+    return [
+        GridEncoder.of(spec.name, config, spec.image_size, spec.feature_layer, spec.side)
+        for spec, config in zip(specs, configs, strict=True)
+    ]
+
+
+def several_image_processors(
+    specs: Sequence[NamedEncoderSpec], config: MultiEncoderConfig, *more: CLIPImageProcessorPil
+) -> MultiEncoderImageProcessor:
+    """Each encoder's own preprocessing. `more`: of encoders behind those of `specs`, whose size their grid says."""
+    grids = config.grids
+    own = [_image_processor(spec, grid.config, grid.image_size) for spec, grid in zip(specs, grids, strict=False)]
+    own += [
+        llava_image_processor(_whole_square(processor, grid.image_size), grid.image_size, grid.name)
+        for processor, grid in zip(more, grids[len(specs) :], strict=True)
+    ]
+    return MultiEncoderImageProcessor([processor.to_dict() for processor in own], config.tokens_per_image)
+
+
+def encoder_weights(
+    specs: Sequence[NamedEncoderSpec], config: MultiEncoderConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    return {
+        f"model.vision_tower.{spec.name}.{name}": tensor
+        for spec, grid in zip(specs, config.grids, strict=False)
+        for name, tensor in _vision_encoder(spec, grid.config, dtype).state_dict().items()
+    }
+
+
+def _check_in_llm(spec: ModelSpec, text_config: PreTrainedConfig) -> None:
+    layers = text_config.num_hidden_layers
+    beyond = [layer for layer in (spec.sva.in_llm if spec.sva else ()) if layer >= layers]
+    if beyond:
+        raise UserError(
+            f"model.sva.in_llm names the decoder layer {beyond[0]}, but the language model has {layers}; expected 0 to "
+            f"{layers - 1}"
+        )
+
+
+def _take_over(spec: ModelSpec, folder: Path) -> LlavaConfig | MultiEncoderConfig:
+    """`compose_processor` for a whole checkpoint: its config and tokenizer, our image processor and template."""
     source = _source(spec.llava)
     what, model_type = source.location, _model_type(source)
-    if model_type != "llava":
+    several = model_type == MultiEncoderConfig.model_type
+    if not several and model_type != "llava":
         hint = (
             "; python -m huatuo_vision.model.convert makes one of the original format" if "llava_" in model_type else ""
         )
         raise UserError(
             f"model.llava {what} has the model_type {model_type!r}; expected llava, as transformers has it{hint}"
         )
-    config = LlavaConfig.from_pretrained(source.location, revision=source.revision)
-    for part, known in ((config.vision_config, _ENCODERS), (config.text_config, _LANGUAGE_MODELS)):
+    config = AutoConfig.from_pretrained(source.location, revision=source.revision)
+    parts = [(config.text_config, _LANGUAGE_MODELS)] + ([] if several else [(config.vision_config, LLAVA_ENCODERS)])
+    for part, known in parts:
         if part.model_type not in known:
             raise UserError(f"model.llava {what} holds a {part.model_type!r}; expected one of {', '.join(known)}")
     tokenizer = _tokenizer(spec.llava, None, config.text_config.vocab_size, config.text_config.max_position_embeddings)
@@ -161,12 +216,15 @@ def _take_over(spec: ModelSpec, folder: Path) -> LlavaConfig:
             f"model.llava {what}: its config reads images at id {config.image_token_index}, but its tokenizer has "
             f"{IMAGE_PLACEHOLDER} at {tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)}; the checkpoint is damaged"
         )
-    end_of_turn = _check_template(spec.chat_template, tokenizer)
-    _name_tokens(config.text_config, tokenizer)
+    end_of_turn = check_template(spec.chat_template, tokenizer)
+    name_tokens(config.text_config, tokenizer)
     # Checkpoints of transformers 4 keep the encoder's dtype and the text's apart; here one is named for all.
     config.dtype = config.dtype or config.text_config.dtype or torch.float32
-    image_processor = _image_processor(spec.llava, config.vision_config)
-    _write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
+    if several:
+        image_processor = MultiEncoderImageProcessor.from_pretrained(source.location, revision=source.revision)
+    else:
+        image_processor = _image_processor(spec.llava, config.vision_config, config.vision_config.image_size)
+    write_folder(folder, config, image_processor, tokenizer, spec.chat_template, end_of_turn)
     return config
 
 
@@ -174,7 +232,7 @@ def _template(name: str) -> str:
     return (CHAT_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _name_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def name_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     text_config.architectures = [_LANGUAGE_MODELS[text_config.model_type]]
     text_config.bos_token_id = tokenizer.bos_token_id
     text_config.eos_token_id = tokenizer.eos_token_id
@@ -183,23 +241,26 @@ def _name_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFa
         text_config.pad_token_id = None
 
 
-def _write_folder(
+def write_folder(
     folder: Path,
-    config: LlavaConfig,
-    image_processor: LlavaImageProcessorPil,
+    config: LlavaConfig | MultiEncoderConfig,
+    image_processor: LlavaImageProcessorPil | MultiEncoderImageProcessor,
     tokenizer: PreTrainedTokenizerFast,
     chat_template: str,
     end_of_turn: int,
 ) -> None:
     stop_ids = list(dict.fromkeys((end_of_turn, tokenizer.eos_token_id)))
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        num_additional_image_tokens=_ENCODERS[config.vision_config.model_type].class_tokens,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=_template(chat_template),
-    )
+    if isinstance(config, MultiEncoderConfig):
+        processor = MultiEncoderProcessor(image_processor, tokenizer, _template(chat_template))
+    else:
+        processor = LlavaProcessor(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            patch_size=config.vision_config.patch_size,
+            num_additional_image_tokens=LLAVA_ENCODERS[config.vision_config.model_type].class_tokens,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            chat_template=_template(chat_template),
+        )
     with replacing(folder) as new:
         write_config(new, config)
         GenerationConfig(
@@ -225,11 +286,16 @@ def compose_weights(spec: ModelSpec, folder: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         language_model = _language_model(spec.language_model, config.text_config)
-        vision_encoder = _vision_encoder(spec.vision_encoder, config.vision_config, language_model.dtype)
+        dtype = language_model.dtype
+        if spec.vision_encoders is None:
+            tower = _vision_encoder(spec.vision_encoder, config.vision_config, dtype)
+            encoders = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+        else:
+            encoders = encoder_weights(spec.vision_encoders, config, dtype)
     weights = {
         **{module_name(f"language_model.{name}"): tensor for name, tensor in language_model.state_dict().items()},
-        **{f"model.vision_tower.{name}": tensor for name, tensor in vision_encoder.state_dict().items()},
-        **_projector(config, language_model.dtype, seed),
+        **encoders,
+        **_projector(config, dtype, seed),
     }
     save_model_folder(folder, weights, config, source_folder=folder)
 
@@ -311,9 +377,9 @@ def config_from_values(values: dict[str, Any], part: str) -> PreTrainedConfig:
     return config
 
 
-def _vision_config(spec: VisionEncoderSpec) -> CLIPVisionConfig | SiglipVisionConfig:
+def _vision_config(spec: VisionEncoderSpec, known: dict[str, EncoderFamily], part: str) -> PreTrainedConfig:
     if spec.config is not None:
-        what, model_type = "model.vision_encoder.config", str(spec.config.get("model_type"))
+        what, model_type = f"model.{part}.config", str(spec.config.get("model_type"))
     else:
         source = _source(spec)
         what, model_type = source.location, _model_type(source)
@@ -322,13 +388,14 @@ def _vision_config(spec: VisionEncoderSpec) -> CLIPVisionConfig | SiglipVisionCo
             f"vision encoder {what} is a NaFlex SigLIP 2 ({model_type}), whose patch grid changes with the image "
             "and which LLaVA cannot run; choose a fixed-resolution SigLIP 2, whose model_type is siglip"
         )
-    if model_type not in _ENCODERS:
+    if model_type not in known:
+        hint = "; more are taken in vision_encoders, a list" if model_type in ENCODERS else ""
         raise UserError(
-            f"vision encoder {what} has the model_type {model_type!r}; expected one of {', '.join(_ENCODERS)}"
+            f"vision encoder {what} has the model_type {model_type!r}; expected one of {', '.join(known)}{hint}"
         )
-    config_class = _ENCODERS[model_type].config
+    config_class = known[model_type].config
     if spec.config is not None:
-        return config_from_values(spec.config | {"model_type": config_class.model_type}, "vision_encoder")
+        return config_from_values(spec.config | {"model_type": config_class.model_type}, part)
     return config_class.from_pretrained(source.location, revision=source.revision)
 
 
@@ -355,17 +422,18 @@ def _check_features(spec: ModelSpec, vision_config: PreTrainedConfig) -> None:
             f"model.feature_layer {spec.feature_layer} is out of range: the vision encoder has {depth} layers, "
             f"so expected {-depth - 1} to {depth}"
         )
-    if spec.feature_strategy == "default" and not _ENCODERS[vision_config.model_type].class_tokens:
+    if spec.feature_strategy == "default" and not LLAVA_ENCODERS[vision_config.model_type].class_tokens:
         raise UserError(
             "model.feature_strategy default drops the class token, but SigLIP has none and would lose its first patch; "
             "set feature_strategy: full"
         )
 
 
-def _image_processor(spec: VisionEncoderSpec | LlavaSpec, vision_config: PreTrainedConfig) -> LlavaImageProcessorPil:
+def _image_processor(
+    spec: VisionEncoderSpec | LlavaSpec, vision_config: PreTrainedConfig, side: int
+) -> LlavaImageProcessorPil:
     """The encoder's own preprocessing after padding to a square in its mean colour, as LLaVA-1.5 does."""
-    image_processor_class = _ENCODERS[vision_config.model_type].image_processor
-    side = vision_config.image_size
+    image_processor_class = ENCODERS[vision_config.model_type].image_processor
     square = {"height": side, "width": side}
     if isinstance(spec, VisionEncoderSpec) and spec.config is not None:
         own = image_processor_class(size=square, crop_size=square)
@@ -378,7 +446,14 @@ def _image_processor(spec: VisionEncoderSpec | LlavaSpec, vision_config: PreTrai
                 f"vision encoder {source.location} has no preprocessor_config.json, so its image size and mean are "
                 "unknown; add the one it was trained with"
             ) from None
+    if ENCODERS[vision_config.model_type].any_size:
+        own = _whole_square(own, side)
     return llava_image_processor(own, side, f"vision encoder {spec.location}")
+
+
+def _whole_square(own: Any, side: int) -> CLIPImageProcessorPil:
+    """Preprocessing that was made for a crop of a photograph, for a padded square that is resized whole."""
+    return CLIPImageProcessorPil(**own.to_dict() | {"size": {"height": side, "width": side}, "do_center_crop": False})
 
 
 def _tokenizer(
@@ -432,7 +507,7 @@ def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _check_template(name: str, tokenizer: PreTrainedTokenizerFast) -> int:
+def check_template(name: str, tokenizer: PreTrainedTokenizerFast) -> int:
     """The id that ends the assistant's turn. Refuses a template whose markers the tokenizer would cut into pieces."""
     vocabulary = tokenizer.get_vocab()
     absent = [marker for marker in _MARKERS.get(name, ()) if marker not in vocabulary]
@@ -479,34 +554,53 @@ def sincos_positions(side: int, width: int) -> Tensor:
 
 
 def _vision_encoder(spec: VisionEncoderSpec, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The vision half of a CLIP or SigLIP checkpoint, or random weights."""
+    """A vision encoder, of a CLIP or SigLIP checkpoint its half, or random weights."""
     if spec.config is not None:
         encoder = AutoModel.from_config(config, dtype=dtype)
-        positions = encoder.get_submodule("embeddings.position_embedding").weight
-        with torch.no_grad():  # the grid's rows come last; CLIP's class token, first, keeps its own
-            grid = sincos_positions(config.image_size // config.patch_size, config.hidden_size)
-            # As large as what a patch of normalised pixels shows.
-            patches = encoder.get_submodule("embeddings.patch_embedding").weight
-            positions[-len(grid) :] = grid * patches.std() * math.sqrt(patches[0].numel())
+        if config.model_type != "convnext":  # a convolution knows its neighbours
+            _start_positions(encoder, config)
         return encoder
     source = _source(spec)
     verbosity = logging.get_verbosity()
     # Its report would list every tensor of the text tower; what is amiss is said below.
     logging.set_verbosity_error()
     try:
-        model, info = _load_whole(_ENCODERS[config.model_type].model, source, dtype=dtype, config=config)
+        model, info = _load_whole(ENCODERS[config.model_type].model, source, dtype=dtype, config=config)
     finally:
         logging.set_verbosity(verbosity)
     check_loaded(source.location, info, ignored=lambda key: key.startswith(TEXT_TOWER))
     return model
 
 
-def _projector(config: LlavaConfig, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Two linear layers as transformers initialises them: normal weights, zero biases."""
+def _start_positions(encoder: PreTrainedModel, config: PreTrainedConfig) -> None:
+    grid = sincos_positions(config.image_size // config.patch_size, config.hidden_size)
+    if config.model_type == "dinov2":
+        positions, patches = encoder.embeddings.position_embeddings[0], encoder.embeddings.patch_embeddings.projection
+    else:
+        positions, patches = encoder.embeddings.position_embedding.weight, encoder.embeddings.patch_embedding
+    with torch.no_grad():  # the grid's rows come last; a class token, first, keeps its own
+        # As large as what a patch of normalised pixels shows.
+        positions[-len(grid) :] = grid * patches.weight.std() * math.sqrt(patches.weight[0].numel())
+
+
+def _projector(config: LlavaConfig | MultiEncoderConfig, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """As transformers initialises it: normal weights, zero biases; the vectors of an aggregator as Cambrian-1's."""
     generator = torch.Generator().manual_seed(seed)
-    width_in, width_out = config.vision_config.hidden_size, config.text_config.hidden_size
-    std = config.text_config.initializer_range
+    std, width_out = config.text_config.initializer_range, config.text_config.hidden_size
     weights: dict[str, Tensor] = {}
+    if isinstance(config, MultiEncoderConfig) and config.sva:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = projector(config, config.grids)
+            for part in module.modules():
+                start_vectors(part)
+                if isinstance(part, nn.Linear):
+                    nn.init.normal_(part.weight, std=std)
+                    if part.bias is not None:
+                        nn.init.zeros_(part.bias)
+        return {f"model.multi_modal_projector.{name}": w.to(dtype) for name, w in module.state_dict().items()}
+    several = isinstance(config, MultiEncoderConfig)
+    width_in = sum(grid.channels for grid in config.grids) if several else config.vision_config.hidden_size
     for name, width in (("linear_1", width_in), ("linear_2", width_out)):
         weight = torch.empty(width_out, width).normal_(std=std, generator=generator)
         weights[f"model.multi_modal_projector.{name}.weight"] = weight.to(dtype)

@@ -2,21 +2,22 @@
 
 Legend, one row (or any set of rows): S tokens, S2 sum of the squared sample lengths, T supervised tokens, M images.
 Language model: L decoder layers, h hidden, f intermediate, d_q = heads * head_dim, d_kv = key/value heads * head_dim,
-N matmul weights of the decoder layers (no embedding, no head), V vocabulary. Vision encoder: L_v layers, of which R_v
-stand before the state that the projector reads and run, d_v hidden, f_v intermediate, N_v matmul weights of the L_v
-layers, P tokens per image (patches and class token).
+N matmul weights of the decoder layers (no embedding, no head), V vocabulary. Vision encoders, each one or several
+stacks of layers: L_v layers, of which R_v stand before the state that the projector reads and run, d_v hidden, f_v
+intermediate, N_v matmul weights of the L_v layers, P tokens per image (patches and class token).
 Projector: N_p weights, I image tokens that it hands on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import LlavaConfig
+    from transformers import LlavaConfig, PreTrainedConfig
 
+    from huatuo_vision.model.multi_encoder import MultiEncoderConfig
     from huatuo_vision.recipe import LoraSpec, TrainSpec
 
 # Bytes that one decoder layer keeps for the backward, per token: (per h, per d_kv, per f). Measured on Llama layers
@@ -32,13 +33,113 @@ _KEPT_PER_TOKEN = {
 }
 # The same of a trained CLIP layer: (per d_v, per f_v).
 _KEPT_PER_PATCH = {"bf16": (16, 6), "fp32": (16, 12)}
+# What one block of an aggregator keeps of each feature in its windows, per width W: the feature with its place, both
+# norms' outputs, key and value. And what each encoder's projection keeps of a feature: (per channel, per W).
+_KEPT_PER_FEATURE = {"bf16": 12, "fp32": 20}
+_KEPT_PER_PROJECTED = {"bf16": (2, 12), "fp32": (4, 16)}
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}
 _NF4_BYTES = 0.55  # 4 bits and the doubly quantized scales
 
 
 @dataclass(frozen=True, slots=True)
+class LayerStack:
+    """Equal layers of a vision encoder: attention and MLP, or a ConvNeXt's convolution and MLP."""
+
+    layers: int  # L_v
+    layers_read: int  # R_v
+    hidden: int  # d_v
+    intermediate: int  # f_v
+    tokens: int  # P
+    layer_weights: int  # N_v / L_v
+    attends: bool = True
+
+    @property
+    def image_flops(self) -> int:
+        attention = 4 * self.hidden * self.tokens**2 if self.attends else 0
+        return self.layers_read * (2 * self.layer_weights * self.tokens + attention)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderShape:
+    stacks: tuple[LayerStack, ...]
+    patch_weights: int  # of the patch embedding, and of what lies between the stacks
+    position_weights: int
+
+    @classmethod
+    def from_config(cls, vision: PreTrainedConfig, image_size: int, layers_read: int | None) -> EncoderShape:
+        """layers_read: None where all are."""
+        if vision.model_type == "convnext":
+            stacks, between, before = [], vision.num_channels * vision.patch_size**2 * vision.hidden_sizes[0], None
+            for stage, (width, depth) in enumerate(zip(vision.hidden_sizes, vision.depths, strict=True)):
+                between += 4 * before * width if before else 0
+                tokens = (image_size // (vision.patch_size * 2**stage)) ** 2
+                stacks.append(
+                    LayerStack(depth, depth, width, 4 * width, tokens, (49 + 8 * width) * width, attends=False)
+                )
+                before = width
+            return cls(tuple(stacks), between, 0)
+        d = vision.hidden_size
+        class_tokens = int(vision.model_type != "siglip_vision_model")
+        if vision.model_type == "dinov2":
+            intermediate = int(d * vision.mlp_ratio)
+            # SwiGLU has three matrices of two thirds the width, a multiple of 8.
+            mlp = 3 * d * ((intermediate * 2 // 3 + 7) // 8 * 8) if vision.use_swiglu_ffn else 2 * d * intermediate
+        else:
+            intermediate = vision.intermediate_size
+            mlp = 2 * d * intermediate
+        tokens = (image_size // vision.patch_size) ** 2 + class_tokens
+        layers = vision.num_hidden_layers
+        read = layers if layers_read is None else layers_read
+        stack = LayerStack(layers, read, d, intermediate, tokens, 4 * d * d + mlp)
+        positions = ((vision.image_size // vision.patch_size) ** 2 + class_tokens) * d
+        return cls((stack,), vision.num_channels * vision.patch_size**2 * d, positions)
+
+    @property
+    def layer_weights(self) -> int:
+        """N_v."""
+        return sum(stack.layers * stack.layer_weights for stack in self.stacks)
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorShape:
+    weights: int  # N_p
+    image_flops: int
+    # Bytes that it keeps of an image for the backward where it trains: an aggregator's alone count.
+    kept: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_KEPT_PER_FEATURE, 0))
+
+    @classmethod
+    def of_mlp(cls, channels: int, hidden: int, image_tokens: int) -> ProjectorShape:
+        weights = hidden * (channels + hidden)
+        return cls(weights, 2 * weights * image_tokens)
+
+    @classmethod
+    def of_sva(cls, config: MultiEncoderConfig) -> ProjectorShape:
+        sva, hidden = config.sva, config.text_config.hidden_size
+        w, queries, encoders = sva["width"], sva["side"] ** 2, len(config.encoders)
+        grids = [(grid.channels, grid.side**2) for grid in config.grids]
+        features = sum(size for _, size in grids)
+        places = sum(size // queries for _, size in grids if size > queries) * w
+        weights = sum(c * w + w * w for c, _ in grids) + (sva["groups"] * w + hidden) * hidden
+        flops = sum(2 * (c * w + w * w) * size for c, size in grids)
+        flops += 2 * (sva["groups"] * w + hidden) * hidden * queries
+        blocks = [(w, sva["groups"] * sva["depth"]), (hidden, len(sva["in_llm"]))]
+        for width, count in blocks:
+            # context; merge, query, output and the two linears of the MLP; keys and values of each encoder
+            at_queries = (width + w) * w + 3 * w * w + w * width
+            weights += count * (w * w + at_queries + 2 * encoders * w * w + places)
+            flops += count * (2 * (w * w + at_queries * queries + 2 * w * w * features) + 4 * w * features)
+        every = sum(count for _, count in blocks)
+        kept = {}
+        for precision, per_feature in _KEPT_PER_FEATURE.items():
+            per_channel, per_width = _KEPT_PER_PROJECTED[precision]
+            kept[precision] = sum((per_channel * c + per_width * w) * size for c, size in grids)
+            kept[precision] += every * per_feature * w * features
+        return cls(weights, flops, kept)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a LLaVA that its FLOPs and memory depend on; the names are the legend's."""
+    """The sizes of a model that its FLOPs and memory depend on; the names are the legend's."""
 
     layers: int  # L
     hidden: int  # h
@@ -47,22 +148,30 @@ class ModelShape:
     key_value_dim: int  # d_kv
     vocabulary: int  # V
     tied_embeddings: bool
-    vision_layers: int  # L_v
-    vision_layers_read: int  # R_v
-    vision_hidden: int  # d_v
-    vision_intermediate: int  # f_v
-    vision_tokens: int  # P
-    patch_weights: int  # of the patch embedding
-    feature_layers: int  # hidden states that the projector reads, side by side
+    encoders: tuple[EncoderShape, ...]
+    projector: ProjectorShape
     image_tokens: int  # I / M
 
     @classmethod
-    def from_config(cls, config: LlavaConfig) -> ModelShape:
-        text, vision = config.text_config, config.vision_config
+    def from_config(cls, config: LlavaConfig | MultiEncoderConfig) -> ModelShape:
+        text = config.text_config
         # Qwen2's config has no head_dim.
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        patches = (vision.image_size // vision.patch_size) ** 2
-        vision_tokens = patches + (vision.model_type == "clip_vision_model")  # SigLIP has no class token
+        if config.model_type == "llava":
+            vision = config.vision_config
+            encoders = (EncoderShape.from_config(vision, vision.image_size, vision_layers_read(config)),)
+            image_tokens = encoders[0].stacks[0].tokens - (config.vision_feature_select_strategy == "default")
+            states = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+            projector = ProjectorShape.of_mlp(states * vision.hidden_size, text.hidden_size, image_tokens)
+        else:
+            grids, image_tokens = config.grids, config.tokens_per_image
+            encoders = tuple(EncoderShape.from_config(grid.config, grid.image_size, grid.layers_read) for grid in grids)
+            channels = sum(grid.channels for grid in grids)
+            projector = (
+                ProjectorShape.of_sva(config)
+                if config.sva
+                else ProjectorShape.of_mlp(channels, text.hidden_size, image_tokens)
+            )
         return cls(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
@@ -71,14 +180,9 @@ class ModelShape:
             key_value_dim=text.num_key_value_heads * head_dim,
             vocabulary=text.vocab_size,
             tied_embeddings=config.tie_word_embeddings,
-            vision_layers=vision.num_hidden_layers,
-            vision_layers_read=vision_layers_read(config),
-            vision_hidden=vision.hidden_size,
-            vision_intermediate=vision.intermediate_size,
-            vision_tokens=vision_tokens,
-            patch_weights=vision.num_channels * vision.patch_size**2 * vision.hidden_size,
-            feature_layers=1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer),
-            image_tokens=vision_tokens - (config.vision_feature_select_strategy == "default"),
+            encoders=encoders,
+            projector=projector,
+            image_tokens=image_tokens,
         )
 
     @property
@@ -89,23 +193,17 @@ class ModelShape:
 
     @property
     def vision_layer_weights(self) -> int:
-        """N_v."""
-        d = self.vision_hidden
-        return self.vision_layers * (4 * d * d + 2 * d * self.vision_intermediate)
-
-    @property
-    def projector_weights(self) -> int:
-        """N_p."""
-        return self.hidden * (self.feature_layers * self.vision_hidden + self.hidden)
+        """N_v of all encoders."""
+        return sum(encoder.layer_weights for encoder in self.encoders)
 
     @property
     def weights(self) -> dict[str, int]:
         """Part -> matrix weights; norms and biases, some 0.1 %, are left out."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
-        positions = self.vision_tokens * self.vision_hidden
+        outside = sum(encoder.patch_weights + encoder.position_weights for encoder in self.encoders)
         return {
-            "vision_encoder": self.vision_layer_weights + self.patch_weights + positions,
-            "projector": self.projector_weights,
+            "vision_encoder": self.vision_layer_weights + outside,
+            "projector": self.projector.weights,
             "language_model": self.layer_weights + embeddings,
         }
 
@@ -132,12 +230,9 @@ def forward_flops(
     bidirectional vision encoder its whole square. Logits count only where there is a target. Left out, below 0.5 %
     together on a 7B: the patch embedding, SigLIP's pooling head, norms and activations.
     """
-    layer_weights = shape.vision_layer_weights // shape.vision_layers
-    per_image = 2 * shape.vision_layers_read * layer_weights * shape.vision_tokens
-    per_image += 4 * shape.vision_layers_read * shape.vision_hidden * shape.vision_tokens**2
     return {
-        "vision_encoder": images * per_image,
-        "projector": 2 * shape.projector_weights * images * shape.image_tokens,
+        "vision_encoder": images * sum(stack.image_flops for encoder in shape.encoders for stack in encoder.stacks),
+        "projector": images * shape.projector.image_flops,
         "linear": 2 * shape.layer_weights * tokens,
         "attention": 2 * shape.layers * shape.query_dim * squared_lengths,
         "logits": 2 * shape.vocabulary * shape.hidden * targets,
@@ -199,8 +294,9 @@ def memory_estimate(
     - gradients: 4 R, over W in zero2 and fsdp; in ddp twice that from two processes on, for its buckets.
     - optimizer: 8 R for adamw, 2 R for adamw_8bit, over W in zero2 and fsdp.
     - activations: per decoder layer and token a h + b d_kv + c f, (a, b, c) measured per precision and way of training;
-      a trained vision encoder the same for as many images as the row could hold; a frozen one none. A recomputed layer
-      keeps its input (b h), and one layer at a time is whole. recompute n recomputes every n-th layer.
+      a trained vision encoder the same for as many images as the row could hold; a frozen one none; a trained
+      aggregator what its blocks keep of every feature of those images. A recomputed layer keeps its input (b h), and
+      one layer at a time is whole. recompute n recomputes every n-th layer.
     - logits: 12 T V: the log-softmax, the gradient behind it and the gradient before it, in fp32.
     """
     width = 2 if precision == "bf16" else 4
@@ -231,11 +327,15 @@ def memory_estimate(
         per_hidden * shape.hidden + per_key_value * shape.key_value_dim + per_intermediate * shape.intermediate
     )
     activations = _kept(shape.layers, layer, width * shape.hidden * row_tokens, recompute)
+    row_images = row_tokens // shape.image_tokens
     if train.vision_encoder:
-        patches = row_tokens // shape.image_tokens * shape.vision_tokens
         per_hidden, per_intermediate = _KEPT_PER_PATCH[precision]
-        layer = patches * (per_hidden * shape.vision_hidden + per_intermediate * shape.vision_intermediate)
-        activations += _kept(shape.vision_layers_read, layer, width * shape.vision_hidden * patches, recompute)
+        for stack in (stack for encoder in shape.encoders for stack in encoder.stacks):
+            patches = row_images * stack.tokens
+            layer = patches * (per_hidden * stack.hidden + per_intermediate * stack.intermediate)
+            activations += _kept(stack.layers_read, layer, width * stack.hidden * patches, recompute)
+    if train.projector:
+        activations += row_images * shape.projector.kept[precision]
     return {
         "weights": round(weights),
         "gradients": round(4 * trained * buckets / shards),

@@ -1,8 +1,9 @@
 """Model folders: what is written to disk, under which names, and how it is loaded again.
 
-A folder is a plain `LlavaForConditionalGeneration` checkpoint that transformers 4.57 and 5.x, vLLM and
+A folder of one encoder is a plain `LlavaForConditionalGeneration` checkpoint that transformers 4.57 and 5.x, vLLM and
 SGLang load without code of ours. Its tensors carry the names that all of those know; transformers 5
 itself would save a composed vision tower under shorter names, which 4.x drops behind a warning.
+A folder of several encoders (`model.multi_encoder`) is read by this package alone, and keeps the names in memory.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from huatuo_vision.model.llava import PackedLlava
+from huatuo_vision.model.multi_encoder import MultiEncoderConfig, MultiEncoderLlava, PackedMultiEncoderLlava
 from huatuo_vision.schema import UserError
 
 # Everything of a model folder but its weights; each phase carries these files over from the one before.
@@ -55,8 +58,17 @@ _PREFIXES = (
 )
 
 
+def saved_class(config: LlavaConfig | MultiEncoderConfig) -> type[PreTrainedModel]:
+    """The class that a folder of this config is loaded as."""
+    return MultiEncoderLlava if isinstance(config, MultiEncoderConfig) else LlavaForConditionalGeneration
+
+
+def name_on_disk(module_name: str, config: LlavaConfig | MultiEncoderConfig) -> str:
+    return module_name if isinstance(config, MultiEncoderConfig) else canonical_name(module_name)
+
+
 def canonical_name(module_name: str) -> str:
-    """The name on disk of a tensor in memory. Raises ValueError for a name that no LLaVA model has."""
+    """LLaVA's name on disk of a tensor in memory. Raises ValueError for a name that no LLaVA model has."""
     for module_prefix, canonical_prefix in _PREFIXES:
         if module_name.startswith(module_prefix):
             return canonical_prefix + module_name.removeprefix(module_prefix)
@@ -102,14 +114,15 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_config(folder: Path, config: LlavaConfig) -> None:
+def write_config(folder: Path, config: LlavaConfig | MultiEncoderConfig) -> None:
     """config.json as both transformers 4.57 and 5.x read it, whatever training switched in `config`."""
     values = json.loads(config.to_json_string())
-    for part in (values, values["text_config"], values["vision_config"]):
+    encoders = [values["vision_config"]] if "vision_config" in values else [e["config"] for e in values["encoders"]]
+    for part in (values, values["text_config"], *encoders):
         for key in ("_name_or_path", "auto_map", "quantization_config"):
             part.pop(key, None)
         part["dtype"] = values["dtype"]
-    values["architectures"] = ["LlavaForConditionalGeneration"]
+    values["architectures"] = [saved_class(config).__name__]
     text = values["text_config"]
     # Training switches the cache off, so that packed samples stay apart; a saved model generates with it.
     text["use_cache"] = True
@@ -125,7 +138,7 @@ def save_weights(folder: Path, state_dict: Mapping[str, Tensor], config: LlavaCo
     """Shards of safetensors (and their index), from tensors under their names in memory. A tied head is left out."""
     tied = config.tie_word_embeddings
     canonical = {
-        canonical_name(name): _own_storage(tensor)
+        name_on_disk(name, config): _own_storage(tensor)
         for name, tensor in state_dict.items()
         if not (tied and name == "lm_head.weight")
     }
@@ -163,11 +176,11 @@ def check_weights(folder: Path) -> None:
 
 
 def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of all tensors that a folder of this config holds."""
+    """Name on disk -> shape of all tensors that a folder of this config holds."""
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = saved_class(config)(config)
     return {
-        canonical_name(name): tuple(tensor.shape)
+        name_on_disk(name, config): tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
@@ -217,12 +230,13 @@ def load_model(
     *,
     dtype: torch.dtype | str,
     revision: str = "main",
-    model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration,
+    packed: bool = False,
     quantization_config: Any = None,
     device_map: Any = None,
 ) -> PreTrainedModel:
     """The model of a folder, or the base model with a folder's adapter on it (a PeftModel, for inference).
 
+    packed: the class that trains on packed rows, in place of the one that generates.
     Raises UserError naming the keys when a single tensor is missing, left over or of another shape:
     transformers by itself would go on with random weights.
     """
@@ -232,13 +246,16 @@ def load_model(
         model = load_model(
             base,
             dtype=dtype,
-            model_class=model_class,
+            packed=packed,
             quantization_config=quantization_config,
             device_map=device_map,
         )
         return _with_adapter(model, Path(folder))
     try:
-        model, info = model_class.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, revision=revision)
+        several = isinstance(config, MultiEncoderConfig)
+        trained_class = PackedMultiEncoderLlava if several else PackedLlava
+        model, info = (trained_class if packed else saved_class(config)).from_pretrained(
             folder,
             revision=revision,
             dtype=dtype,
@@ -248,7 +265,7 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             # transformers renames for its own classes only, so a subclass would silently start with a random head.
-            key_mapping={f"^{canonical}": module for module, canonical in _PREFIXES},
+            key_mapping=None if several else {f"^{canonical}": module for module, canonical in _PREFIXES},
         )
     except OSError as error:
         raise UserError(f"no model can be loaded from {folder}: {' '.join(str(error).split())}") from None

@@ -6,7 +6,10 @@ T supervised tokens, in G groups (the sources they come from).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
@@ -43,11 +46,8 @@ class PackedLlava(LlavaForConditionalGeneration):
         # A row without images runs a blank one and adds nothing of it: every rank runs the same modules, so no
         # rank of DDP waits for a gradient, and none of FSDP or ZeRO-3 for a gather, that never comes.
         blank = pixel_values is None
-        if blank:
-            side = self.config.vision_config.image_size
-            pixel_values = torch.zeros(1, 3, side, side, device=embeddings.device)
-        features = self.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-        features = torch.cat(tuple(features)).to(embeddings.dtype)  # (N * P, D)
+        features, seen = self.see(self.blank_image(embeddings.device) if blank else pixel_values, image_positions)
+        features = features.to(embeddings.dtype)
         if blank:
             embeddings = embeddings + 0.0 * features.float().mean().to(embeddings.dtype)
         else:
@@ -63,10 +63,23 @@ class PackedLlava(LlavaForConditionalGeneration):
             max_length_q=longest,
             max_length_k=longest,
             sample_lengths=sample_lengths,
+            **seen,
         ).last_hidden_state[0]  # (S, D)
         kept = hidden.index_select(0, logits_to_keep)  # (T, D): logits only where there is a label
         groups = zip(kept.split(target_counts), shift_labels.split(target_counts), strict=True)
         return torch.stack([self._summed_loss(*group) for group in groups])
+
+    def blank_image(self, device: torch.device) -> torch.Tensor:
+        """(1, 3, H, W)"""
+        side = self.config.vision_config.image_size
+        return torch.zeros(1, 3, side, side, device=device)
+
+    def see(
+        self, pixel_values: torch.Tensor, image_positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Features (N * P, D) for the image positions, and what else of the images the language model's call takes."""
+        features = self.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+        return torch.cat(tuple(features)), {}
 
     def _summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """hidden: (t, D), labels: (t,). Cross-entropy in fp32, summed."""
@@ -79,8 +92,16 @@ class PackedLlava(LlavaForConditionalGeneration):
 
 def skip_unread_layers(model: PackedLlava) -> None:
     """Encoder layers behind the last state that the projector reads hand their input on, and keep their weights."""
-    for layer in model.model.vision_tower.encoder.layers[vision_layers_read(model.config) :]:
-        layer.forward = _pass_on
+    tower = model.model.vision_tower
+    if isinstance(tower, nn.ModuleDict):
+        read = {grid.name: grid.layers_read for grid in model.config.grids}
+    else:
+        tower, read = {"": tower}, {"": vision_layers_read(model.config)}
+    for name, encoder in tower.items():
+        if read[name] is not None:
+            layers = encoder.encoder.layer if hasattr(encoder.encoder, "layer") else encoder.encoder.layers
+            for layer in layers[read[name] :]:
+                layer.forward = _pass_on
 
 
 def _pass_on(hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
@@ -89,7 +110,12 @@ def _pass_on(hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
 
 def recompute(model: PackedLlava, every: int, vision: bool = False) -> None:
     """Recompute activations of every n-th decoder layer (and encoder layer, where it trains) in the backward."""
-    for tower in (model.model.language_model, *((model.model.vision_tower,) if vision else ())):
+    encoders = model.model.vision_tower
+    # Several encoders are a ModuleDict of them.
+    encoders = list(encoders.values()) if isinstance(encoders, nn.ModuleDict) else [encoders]
+    # A ConvNeXt keeps its own.
+    able = [encoder for encoder in encoders if vision and encoder.supports_gradient_checkpointing]
+    for tower in (model.model.language_model, *able):
         # transformers 5.17 knows the older name only.
         enable = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)
         enable({"use_reentrant": False}, every_n_layers=every)

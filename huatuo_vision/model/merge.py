@@ -35,7 +35,7 @@ def save_adapter(
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    from huatuo_vision.model.folder import PROCESSOR_FILES
+    from huatuo_vision.model.folder import PROCESSOR_FILES, saved_class
 
     folder.mkdir(parents=True, exist_ok=True)
     # "auto" would ask the Hub about the base model's vocabulary.
@@ -51,7 +51,7 @@ def save_adapter(
     # PEFT's own save would name the training class, which nobody else has.
     config.save_pretrained(
         str(folder),
-        auto_mapping_dict={"base_model_class": "LlavaForConditionalGeneration", "parent_library": "transformers"},
+        auto_mapping_dict={"base_model_class": saved_class(model.config).__name__, "parent_library": "transformers"},
     )
     for name in PROCESSOR_FILES:
         shutil.copyfile(source_folder / name, folder / name)
@@ -82,7 +82,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None) -> None:
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    from huatuo_vision.model.folder import canonical_name, load_model, save_model_folder, tensor_headers
+    from huatuo_vision.model.folder import load_model, name_on_disk, save_model_folder, tensor_headers
 
     model = load_model(base, dtype=AutoConfig.from_pretrained(base).dtype)
     adapted = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)))
@@ -102,7 +102,8 @@ def merge(adapter: Path, out: Path, base: Path | None = None) -> None:
         name: header.dtype for path in base.glob("*.safetensors") for name, header in tensor_headers(path).items()
     }
     state_dict = {
-        name: weight.to(on_disk.get(canonical_name(name), weight.dtype)) for name, weight in merged.state_dict().items()
+        name: weight.to(on_disk.get(name_on_disk(name, merged.config), weight.dtype))
+        for name, weight in merged.state_dict().items()
     }
     save_model_folder(out, state_dict, merged.config, source_folder=adapter)
     for name in RUN_FILES:

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, is_sentencepiece_available
 
+from huatuo_vision.multi_encoder_processor import MultiEncoderProcessor
 from huatuo_vision.schema import IMAGE_PLACEHOLDER, UserError
 
 # Tokens that makers of tokenizers set aside: Llama 3, Gemma-like vocabularies, Mistral 0.3, Mistral Nemo.
@@ -155,8 +156,8 @@ def llava_image_processor(
     )
 
 
-def write_processor(folder: Path, processor: LlavaProcessor) -> None:
-    """The processor's files as both transformers 4.57 and 5.x read them."""
+def write_processor(folder: Path, processor: LlavaProcessor | MultiEncoderProcessor) -> None:
+    """The processor's files; a LLaVA's as both transformers 4.57 and 5.x read them."""
     tokenizer = processor.tokenizer
     processor.save_pretrained(folder)
     # 4.x wants the image processor in a file of its own; with two copies one might be edited and the other read.
@@ -169,7 +170,7 @@ def write_processor(folder: Path, processor: LlavaProcessor) -> None:
     # return token_type_ids, which LLaVA's generate refuses.
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "LlavaProcessor",
+        "processor_class": type(processor).__name__,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": tokenizer.model_max_length,
         "padding_side": tokenizer.padding_side,

@@ -8,16 +8,18 @@ around it.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import dtype, nn
 
 from huatuo_vision.model.flops import vision_layers_read
+from huatuo_vision.model.multi_encoder import MultiEncoderConfig
 from huatuo_vision.schema import UserError
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, LlavaConfig
 
     from huatuo_vision.recipe import TrainSpec
 
@@ -34,6 +36,9 @@ PART_OF_MODULE: dict[str, Part] = {
 LORA_TARGETS = (
     r"model\.language_model\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_proj|up_proj|down_proj))"
 )
+
+# What Cambrian-1 gives a learning rate of its own: queries and blocks, not the linears before and after them.
+_OF_THE_AGGREGATOR = re.compile(r"\bmulti_modal_projector\.(.*\.)?(query$|groups\.|in_llm\.)")
 
 # Matched from the start of the full name or as its end, so "vision_tower" alone would leave the tower to be quantized.
 NOT_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -57,18 +62,48 @@ def freeze(model: nn.Module, train: TrainSpec) -> None:
     model's own weights stay frozen.
     """
     in_full = [part for part in train.parts if not (part == "language_model" and train.lora)]
-    layers_read = vision_layers_read(model.config)
+    encoders = _encoders(model.config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in in_full and not _never_read(name, layers_read))
+        trains = part_of(name) in in_full
+        parameter.requires_grad_(trains and not any(encoder.leaves_unread(name) for encoder in encoders))
 
 
-def _never_read(name: str, layers_read: int) -> bool:
-    if part_of(name) != "vision_encoder":
-        return False
-    layer = re.search(r"\bencoder\.layers\.(\d+)\.", name)
-    if layer:
-        return int(layer[1]) >= layers_read
-    return re.search(r"\bvision_tower\.(post_layernorm|head)\.", name) is not None
+@dataclass(frozen=True, slots=True)
+class _ReadEncoder:
+    prefix: str  # of its parameters
+    model_type: str
+    layers_read: int | None  # None: all, and the last norm
+
+    def leaves_unread(self, name: str) -> bool:
+        """Whether a parameter of the model is one of this encoder's that never lead to its features."""
+        _, found, within = name.partition(self.prefix)
+        if not found:
+            return False
+        if re.match(_NEVER_READ[self.model_type], within):
+            return True
+        if self.layers_read is None:
+            return False
+        layer = re.match(r"encoder\.layers?\.(\d+)\.", within)
+        if layer:
+            return int(layer[1]) >= self.layers_read
+        return re.match(_LAST_NORM.get(self.model_type, "$"), within) is not None
+
+
+# Pooling heads, and what only masked training reads.
+_NEVER_READ = {
+    "clip_vision_model": r"post_layernorm\.",
+    "siglip_vision_model": r"head\.",
+    "dinov2": r"embeddings\.mask_token$",
+    "convnext": r"layernorm\.",
+}
+# Not read where a hidden state is handed on.
+_LAST_NORM = {"siglip_vision_model": r"post_layernorm\.", "dinov2": r"layernorm\."}
+
+
+def _encoders(config: LlavaConfig | MultiEncoderConfig) -> list[_ReadEncoder]:
+    if isinstance(config, MultiEncoderConfig):
+        return [_ReadEncoder(f"vision_tower.{g.name}.", g.config.model_type, g.layers_read) for g in config.grids]
+    return [_ReadEncoder("vision_tower.", config.vision_config.model_type, vision_layers_read(config))]
 
 
 def apply_training(model: nn.Module, train: TrainSpec) -> nn.Module:
@@ -123,16 +158,21 @@ def quantization_config(train: TrainSpec, compute_dtype: dtype) -> BitsAndBytesC
 
 
 def parameter_groups(model: nn.Module, train: TrainSpec, weight_decay: float) -> list[dict[str, Any]]:
-    """The optimizer's groups (params, lr, weight_decay, name): per trained part, its biases and norms undecayed."""
+    """The optimizer's groups (params, lr, weight_decay, name): per trained part, its biases and norms undecayed; an
+    aggregator with a learning rate of its own is one more part."""
+    rates = {part: getattr(train, part).lr for part in train.parts}
+    if train.projector and train.projector.sva_lr:
+        rates["sva"] = train.projector.sva_lr
     groups = {}
-    for part in train.parts:
-        lr = getattr(train, part).lr
+    for part, lr in rates.items():
         groups[part] = {"params": [], "lr": lr, "weight_decay": weight_decay, "name": part}
         groups[f"{part}/no_decay"] = {"params": [], "lr": lr, "weight_decay": 0.0, "name": f"{part}/no_decay"}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
         part = part_of(name)
         assert part in train.parts, f"{name} requires a gradient, but the recipe freezes the {part}"
+        if "sva" in rates and _OF_THE_AGGREGATOR.search(name):
+            part = "sva"
         # ZeRO-3 keeps the true shape beside a flat shard.
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         undecayed = dimensions < 2 or name.endswith(".bias")
@@ -168,6 +208,8 @@ def fsdp_wrap_classes(model: nn.Module, train: TrainSpec) -> list[str]:
     The list that transformers derives names classes that a vision-only tower lacks, which accelerate refuses. The
     layers of a frozen tower stay together in the root.
     """
-    stacks = ["language_model.layers"] + (["vision_tower.encoder.layers"] if train.vision_encoder else [])
-    first_layers = tuple(f"{stack}.0" for stack in stacks)
-    return sorted({type(module).__name__ for name, module in model.named_modules() if name.endswith(first_layers)})
+    stacks = r"language_model\.layers"
+    if train.vision_encoder:
+        stacks += r"|vision_tower\.(\w+\.)?encoder\.(layers?|stages)"
+    first_layer = re.compile(rf"(.*\.)?({stacks})\.0")
+    return sorted({type(module).__name__ for name, module in model.named_modules() if first_layer.fullmatch(name)})

@@ -23,7 +23,7 @@ from huatuo_vision.inputs.rows import PlannedRows
 from huatuo_vision.model.attention import choose_attention
 from huatuo_vision.model.flops import ModelShape, sample_cost, step_flops
 from huatuo_vision.model.folder import load_model, save_model_folder
-from huatuo_vision.model.llava import PackedLlava, recompute, skip_unread_layers
+from huatuo_vision.model.llava import recompute, skip_unread_layers
 from huatuo_vision.model.merge import save_adapter
 from huatuo_vision.model.trainable import apply_training, fsdp_wrap_classes, parameter_counts, quantization_config
 from huatuo_vision.run_record import write_json
@@ -208,13 +208,11 @@ def load_start(phase: PhaseSpec, start: Path, device: torch.device) -> torch.nn.
     dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
     _check_window(AutoConfig.from_pretrained(start), phase)
     choose_attention(phase.attention, device=device, precision=phase.precision)  # refused before minutes of loading
-    model = load_model(
-        start, dtype=dtype, model_class=PackedLlava, quantization_config=quantization_config(phase.train, dtype)
-    )
+    model = load_model(start, dtype=dtype, packed=True, quantization_config=quantization_config(phase.train, dtype))
     return prepare_model(model, phase, device)
 
 
-def prepare_model(model: PackedLlava, phase: PhaseSpec, device: torch.device) -> torch.nn.Module:
+def prepare_model(model: torch.nn.Module, phase: PhaseSpec, device: torch.device) -> torch.nn.Module:
     """A loaded model ready to train as the phase says: attention, what trains, recomputation, compilation."""
     attention = choose_attention(phase.attention, device=device, precision=phase.precision)
     model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})

@@ -621,6 +621,15 @@ def test_the_card_says_what_the_run_record_says(hub: FakeHub, client: Client, li
     assert yaml.safe_load(recipe)["data"]["local"]["path"] == "set.json"
 
 
+def test_the_card_of_several_encoders_says_what_it_takes_to_load_it(hub: FakeHub, client: Client, light: Path) -> None:
+    (light / "config.json").write_text('{"model_type": "multi_encoder_llava"}')
+    client.push(folder=str(light), repo_id="org/several", **PRIVATE)
+    card = hub.files("org/several")["README.md"].decode()
+    assert "import huatuo_vision.model.multi_encoder" in card
+    assert "library_name: huatuo-vision" in card
+    assert "LLaVA-architecture" not in card and "library's own LLaVA" not in card
+
+
 def test_no_number_in_the_card_that_is_not_in_the_run_record(hub: FakeHub, client: Client, light: Path) -> None:
     client.push(folder=str(light), repo_id="org/numbers", **PRIVATE)
     body = re.sub(r"```yaml\n.*?```", "", card_of(hub, "org/numbers")[1], flags=re.DOTALL)

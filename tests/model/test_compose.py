@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
     SiglipModel,
 )
 
@@ -358,7 +359,7 @@ def test_a_siglip_checkpoint_gives_its_vision_half(tmp_path: Path) -> None:
     model = SiglipModel(SiglipModel.config_class(vision_config=vision, text_config=text))
     model.save_pretrained(tmp_path / "siglip")
     side = {"height": SIDE, "width": SIDE}
-    compose.SiglipImageProcessorPil(size=side).save_pretrained(tmp_path / "siglip")
+    SiglipImageProcessorPil(size=side).save_pretrained(tmp_path / "siglip")
     spec = model_spec({"path": str(tmp_path / "siglip")}, feature_strategy="full")
     tower = load_stock(composed(spec, tmp_path / "out")).model.vision_tower
     for name, weight in model.vision_model.state_dict().items():

@@ -7,8 +7,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from huatuo_vision.model.attention import PER_SAMPLE
 from huatuo_vision.model.llava import PackedLlava
+from huatuo_vision.model.trainable import apply_training
+from huatuo_vision.recipe import TrainSpec
 from tests.model.test_packing import SAMPLES, losses, row
 from tests.model.tiny import tiny_config
+from tests.model.tiny_multi import multi_config, packed_multi
+from tests.model.tiny_multi import row as multi_row
+from tests.model.tiny_multi import sample as multi_sample
+
+MULTI_SAMPLES = [multi_sample(multi_config(), seed=0, images=1), multi_sample(multi_config(), seed=1, images=0)]
 
 
 def make_model() -> PackedLlava:
@@ -41,3 +48,31 @@ def test_a_rank_without_images(tmp_path):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gathered[name], parameter.grad, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def train_several(rank: int, port_file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=2)
+    model = several_encoders()
+    ddp = DistributedDataParallel(model)
+    for _ in range(2):
+        model.zero_grad()
+        (losses(ddp, multi_row(MULTI_SAMPLES[rank])).sum() * 2).backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, out)
+    dist.destroy_process_group()
+
+
+def several_encoders() -> torch.nn.Module:
+    everything = TrainSpec(vision_encoder={"lr": 1e-4}, projector={"lr": 1e-3}, language_model={"lr": 1e-3})
+    return apply_training(packed_multi(), everything)
+
+
+def test_a_rank_without_images_and_several_encoders(tmp_path):
+    mp.spawn(train_several, (str(tmp_path / "rendezvous"), str(tmp_path / "grads.pt")), nprocs=2)
+    model = several_encoders()
+    losses(model, multi_row(*MULTI_SAMPLES)).sum().backward()
+    gathered = torch.load(tmp_path / "grads.pt", weights_only=True)
+    assert gathered.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in gathered.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=5e-5, rtol=1e-3, msg=name)

@@ -52,7 +52,7 @@ def test_forward_parts_are_what_torch_counts(text: str):
     by_module = {name: sum(ops.values()) for name, ops in counted(model, backward=False).get_flop_counts().items()}
     forward = forward_flops(shape, **as_counted(TOKENS))
     tower = by_module["LlavaForConditionalGeneration.model.vision_tower"]
-    assert forward["vision_encoder"] == tower - 2 * shape.patch_weights * PATCHES
+    assert forward["vision_encoder"] == tower - 2 * shape.encoders[0].patch_weights * PATCHES
     assert forward["projector"] == by_module["LlavaForConditionalGeneration.model.multi_modal_projector"]
     assert forward["logits"] == by_module["LlavaForConditionalGeneration.lm_head"]
     language_model = by_module["LlavaForConditionalGeneration.model.language_model"]
@@ -139,7 +139,7 @@ def llava_7b(text: str) -> LlavaConfig:
 def test_real_sizes(text: str, weights: float, align: float, instruct: float):
     shape = ModelShape.from_config(llava_7b(text))
     assert shape.layer_weights == pytest.approx(weights, rel=2e-3)
-    assert (shape.vision_tokens, shape.image_tokens) == (577, 576)
+    assert (shape.encoders[0].stacks[0].tokens, shape.image_tokens) == (577, 576)
     sample = {"tokens": 776, "squared_lengths": 776**2, "targets": 140, "images": 1}
     # 0.381e12 for all 24 layers; the last is behind the state that is read.
     assert forward_flops(shape, **sample)["vision_encoder"] == pytest.approx(0.381e12 * 23 / 24, rel=2e-3)
@@ -160,7 +160,7 @@ def test_siglip_has_no_class_token():
         vision_config=siglip, text_config=tiny_config().text_config, vision_feature_select_strategy="full"
     )
     shape = ModelShape.from_config(config)
-    assert (shape.vision_tokens, shape.image_tokens) == (729, 729)
+    assert (shape.encoders[0].stacks[0].tokens, shape.image_tokens) == (729, 729)
     one_image = forward_flops(shape, tokens=0, squared_lengths=0, targets=0, images=1)
     assert one_image["vision_encoder"] == pytest.approx(0.665e12 * 26 / 27, rel=2e-3)
 

@@ -52,7 +52,7 @@ def test_names_go_there_and_back(base: Path) -> None:
 
 
 def test_a_trained_model_is_saved_as_plain_llava(base: Path, tmp_path: Path) -> None:
-    model = load_model(base, dtype=torch.float32, model_class=PackedLlava)
+    model = load_model(base, dtype=torch.float32, packed=True)
     assert type(model) is PackedLlava
     # What training does to the config must not reach the disk.
     model.config.text_config.use_cache = False

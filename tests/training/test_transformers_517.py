@@ -14,6 +14,7 @@ SENSITIVE = (
     "tests/model/test_packing.py",
     "tests/model/test_lora.py",
     "tests/model/test_folder.py",
+    "tests/model/test_multi_encoder.py",
     "tests/inputs/test_encode.py",
 )
 
