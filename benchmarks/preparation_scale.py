@@ -104,6 +104,9 @@ def make_recipe(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
+Show = Callable[..., None]  # a row of the table, cell by cell
+
+
 @dataclass
 class Measured:
     seconds: float
@@ -144,14 +147,14 @@ def _peak_mib(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
-def measure_rows(folder: Path, rows: int, table: Table) -> None:
+def measure_rows(folder: Path, rows: int, show: Show) -> None:
     cache = folder / "cache"
     for name, out in (("all rows", folder / "first"), ("a new run", folder / "again")):
         found = run_until(folder, out, cache, is_planned(out))
-        table.add_row(f"{rows:,}", name, *_cells(found), f"{rows / found.seconds:,.0f}" if name == "all rows" else "")
+        show(f"{rows:,}", name, *_cells(found), f"{rows / found.seconds:,.0f}" if name == "all rows" else "")
 
 
-def measure_kill(folder: Path, rows: int, table: Table) -> None:
+def measure_kill(folder: Path, rows: int, show: Show) -> None:
     def shards() -> dict[str, int]:
         files = (cache / "huatuo_vision" / "prepared").glob("[!.]*.parquet")
         return {path.name: path.stat().st_mtime_ns for path in files}
@@ -160,9 +163,9 @@ def measure_kill(folder: Path, rows: int, table: Table) -> None:
     half = rows // 1024 // 2
     cut = run_until(folder, out, cache, lambda: len(shards()) >= half)
     kept = shards()
-    table.add_row(f"{rows:,}", f"killed after {len(kept)} shards of 1,024", *_cells(cut), "")
+    show(f"{rows:,}", f"killed after {len(kept)} shards of 1,024", *_cells(cut), "")
     rest = run_until(folder, out, cache, is_planned(out))
-    table.add_row(f"{rows:,}", "the same command again", *_cells(rest), "")
+    show(f"{rows:,}", "the same command again", *_cells(rest), "")
     twice = [name for name, when in kept.items() if shards()[name] != when]
     reports = [json.loads((folder / run / "prepare" / "report.json").read_text()) for run in ("first", "broken")]
     if twice or reports[0] != reports[1]:
@@ -173,15 +176,15 @@ def is_planned(out: Path) -> Callable[[], bool]:
     return (out / "align" / "data.json").exists
 
 
-def measure_start(folder: Path, rows: int, table: Table) -> None:
+def measure_start(folder: Path, rows: int, show: Show) -> None:
     cache = folder / "cache"
     read = run_until(
         folder, folder / "read", cache, lambda: any((cache / "huatuo_vision" / "rows").glob("[!.]*.arrow"))
     )
-    table.add_row(f"{rows:,}", "the JSON array read, once", *_cells(read), f"{rows / read.seconds:,.0f}")
+    show(f"{rows:,}", "the JSON array read, once", *_cells(read), f"{rows / read.seconds:,.0f}")
     write_verdicts(folder, cache)
     started = run_until(folder, folder / "run", cache, is_planned(folder / "run"))
-    table.add_row(f"{rows:,}", "a new run", *_cells(started), "")
+    show(f"{rows:,}", "a new run", *_cells(started), "")
 
 
 def write_verdicts(folder: Path, cache: Path) -> None:
@@ -229,6 +232,11 @@ def main() -> None:
     for name in columns:
         table.add_column(name, justify="left" if name == "what" else "right")
     console = Console()
+
+    def show(*cells: str) -> None:
+        table.add_row(*cells)
+        console.print("  ".join(cell for cell in cells if cell), highlight=False)  # now: the table takes its time
+
     killed = {rows: (measure_rows, measure_kill) for rows in args.rows[:1]}
     wanted = [(rows, killed.get(rows, (measure_rows,))) for rows in args.rows]
     wanted += [(rows, (measure_start,)) for rows in args.start]
@@ -241,7 +249,7 @@ def main() -> None:
             console.print(f"{rows:,} rows: {array / 2**20:,.0f} MiB of JSON, {size / 2**20:,.0f} MiB with archives")
             make_recipe(folder)
             for measure in measures:
-                measure(folder, rows, table)
+                measure(folder, rows, show)
         finally:
             shutil.rmtree(folder)
     console.print(table)

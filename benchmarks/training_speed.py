@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.samples import KINDS, make_samples
+from huatuo_vision.cli import run_command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REQUIREMENTS = REPOSITORY / "benchmarks" / "requirements-peers.txt"
@@ -134,14 +135,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
     sides = [side for side in SIDES if side in args.sides or side == "ours"]
     # Without TRL all sides can share the running environment.
     python = peers_python() if "trl" in sides else Path(sys.executable)
     results = {}
     for kind in ["own"] if args.rows else args.kinds:
         folder = args.out.resolve() / kind
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         path = args.rows or make_samples(folder / "samples", kind, MEGA_BATCH * BATCH, args.seed)
         workload = build_workload(kind, path, folder, steps=args.steps, seed=args.seed)
         results[kind] = compare(workload, folder, sides, python, args)
@@ -489,4 +490,4 @@ def _record(args: argparse.Namespace, results: dict[str, Any], python: Path) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

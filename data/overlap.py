@@ -16,7 +16,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -35,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data.config import Dedup, Guard
-from data.dedup.guard import EvaluationSets, as_array, quoted_row
+from data.dedup.guard import EvaluationSets, as_array, case_keys, quoted_row
 from data.dedup.pictures import shrunk
 from data.sources.images import fingerprints
 from data.tables import RunFolder, whole_file, write_json
@@ -50,8 +49,6 @@ REPORT_FILE, OVERLAPS_FILE = "overlap.json", "overlaps.jsonl"
 # Reason -> what the table calls it.
 REASONS = {"case": "by case", "picture": "by picture", "words": "by words"}
 SHARD_ROWS = 500
-# Collections whose cases are known by a number: how an identifier, address or file name of them is told.
-COLLECTIONS = ("eurorad", "jama")
 _SHARD = pa.schema(
     [("row", pa.int32()), ("id", pa.string()), ("unreadable", pa.string()), ("case", pa.string())]
     + [("words", pa.string()), ("pictures", pa.list_(pa.string()))]
@@ -64,40 +61,17 @@ class Known:
     """What is looked for in texts and names; pictures are compared at the end."""
 
     questions: Mapping[int, str]  # run of words -> evaluation row
-    cases: Mapping[str, str]  # key of a case -> evaluation row
+    cases: Mapping[str, str]  # case_keys -> evaluation row
     words: int
 
     @classmethod
     def of(cls, sets: EvaluationSets, words: int) -> Known:
-        cases: dict[str, str] = {}
-        for case, row in sets.cases().items():
-            for key in {_exactly(case), *case_keys(case)}:
-                cases.setdefault(key, row)
-        return cls(sets.questions(), cases, words)
+        return cls(sets.questions(), sets.cases(), words)
 
     @property
     def digest(self) -> str:
         content = [self.words, sorted(self.questions.items()), sorted(self.cases.items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def case_keys(text: str) -> Iterator[str]:
-    """The cases that a text names by collection and number: `https://www.eurorad.org/case/19254`, `eurorad-19254`,
-    `.../jamadermatology/fullarticle/2811083`, and of Eurorad also `case19254`, as its copies call their folders.
-    """
-    words: list[str] = []
-    for token in re.findall(r"[a-z]+|[0-9]+", text.lower()):
-        if not token.isdecimal():
-            words.append(token)
-        elif len(token) >= 4:
-            near = words[-4:]
-            yield from (f"{name}/{token}" for name in COLLECTIONS if any(word.startswith(name) for word in near))
-            if near and near[-1] == "case" and not any(word.startswith("jama") for word in near):
-                yield f"eurorad/{token}"
-
-
-def _exactly(case: str) -> str:
-    return f"={case}"
 
 
 def check(recipe: Recipe, guard: Guard, settings: Dedup, out: Path, workers: int, console: Console) -> dict[str, Any]:
@@ -220,13 +194,13 @@ def _seen(source: Source, row: int, known: Known) -> dict[str, Any]:
 
 
 def _case(sample: Sample, cases: Mapping[str, str]) -> str | None:
-    columns = [value for value in sample.meta.values() if isinstance(value, str)]
-    keys = [key for text in (sample.id, *columns, *map(_name, sample.images)) for key in case_keys(text)]
-    keys += [_exactly(sample.meta[key]) for key in ("case", "article") if key in sample.meta]
+    named = [sample.meta[key] for key in ("case", "article") if key in sample.meta]
+    keys = [key for name in named for key in case_keys(str(name), exactly=True)]
+    keys += [key for text in (sample.id, *map(_file_name, sample.images)) for key in case_keys(text)]
     return next((cases[key] for key in keys if key in cases), None)
 
 
-def _name(ref: ImageRef) -> str:
+def _file_name(ref: ImageRef) -> str:
     return ref.member or ref.path or ""
 
 

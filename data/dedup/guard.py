@@ -31,6 +31,8 @@ from huatuo_vision.evaluation.benchmarks import BENCHMARKS
 from huatuo_vision.inputs.images import load_image
 from huatuo_vision.schema import BadSample, UserError
 
+# Collections whose cases are known by a number: how an identifier, address or file name of them begins.
+COLLECTIONS = ("eurorad", "jama")
 # Runs of words that more questions of a benchmark share are its manner of asking.
 _QUESTIONS_OF_A_RUN = 3
 _WORD = re.compile(r"[^\W_]+")
@@ -47,6 +49,25 @@ def runs_of_words(text: str, length: int) -> Iterator[int]:
     for start in range(len(words) - length + 1):
         run = " ".join(words[start : start + length])
         yield int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest(), "little")
+
+
+def case_keys(text: str, *, exactly: bool = False) -> Iterator[str]:
+    """The cases that a text names by collection and number: `https://www.eurorad.org/case/19254`, `eurorad-19254`,
+    `.../jamadermatology/fullarticle/2811083`, and of Eurorad also `case19254`, as its copies call their folders.
+
+    exactly: the text itself is a case's name too, as in a column of them.
+    """
+    if exactly:
+        yield f"={text}"
+    words: list[str] = []
+    for token in re.findall(r"[a-z]+|[0-9]+", text.lower()):
+        if not token.isdecimal():
+            words.append(token)
+        elif len(token) >= 4:
+            near = words[-4:]
+            yield from (f"{name}/{token}" for name in COLLECTIONS if any(word.startswith(name) for word in near))
+            if near and near[-1] == "case" and not any(word.startswith("jama") for word in near):
+                yield f"eurorad/{token}"
 
 
 def check_names(guard: Guard) -> None:
@@ -136,9 +157,10 @@ class EvaluationSets:
         write_json(self.report_file, report)
 
     def cases(self) -> dict[str, str]:
-        """Case, as its benchmark calls it -> evaluation row."""
-        table = pq.read_table(self._folder / "cases.parquet")
-        return dict(zip(table["case"].to_pylist(), table["row"].to_pylist(), strict=True))
+        """Key of a case -> evaluation row."""
+        rows = pq.read_table(self._folder / "cases.parquet").to_pylist()
+        # Backwards, so that of two with one key the first stays.
+        return {key: row["row"] for row in reversed(rows) for key in case_keys(row["case"], exactly=True)}
 
     def questions(self) -> dict[int, str]:
         table = pq.read_table(self._folder / "questions.parquet")

@@ -28,6 +28,7 @@ from data.dedup.guard import (
     EvaluationSets,
     WriteEvaluationSets,
     as_array,
+    case_keys,
     check_names,
     held_out_cases,
     held_out_digest,
@@ -43,6 +44,8 @@ STAGE, PREVIOUS = "dedup", "image-filter"
 REPORT_FILE = "contamination.json"
 # Thumbnails of 10 KB each: at most a gigabyte.
 _PROPOSALS_AT_ONCE = 50_000
+# Goes up whenever what the guard keeps of the evaluation sets changes.
+GUARD_VERSION = 2
 _FLAG = "flag"  # not a reason to drop: the row stays, and says what it overlaps
 
 
@@ -50,6 +53,7 @@ def dedup_passes(run: RunFolder, settings: Dedup, tasks: int) -> list[Pass]:
     check_names(settings.guard)
     encoder = encoder_name(settings.encoder) if settings.min_cosine is not None else None
     guard = settings.guard.model_dump(mode="json", exclude={"cases"}) | {"cases": held_out_digest(settings.guard)}
+    guard["version"] = GUARD_VERSION
     record = {**settings.model_dump(mode="json", exclude={"encoder", "guard"}), "encoder": encoder, "guard": guard}
     passes = []
     if settings.guard.benchmarks:
@@ -235,9 +239,15 @@ class Decide(PipelineStep):
     def _of_benchmarks(
         self, rows: pa.Table, owners: np.ndarray, shown: np.ndarray, pictures: _Pictures
     ) -> dict[int, tuple[str, str]]:
-        """Rows that quote a question or show a picture of a benchmark."""
+        """Rows that are a case of a benchmark, quote a question of it, or show a picture."""
         sets = EvaluationSets(self.run_folder)
         found: dict[int, tuple[str, str]] = {}
+        articles, cases = rows["article"].combine_chunks().dictionary_encode(), sets.cases()
+        keys = [list(case_keys(article, exactly=True)) for article in articles.dictionary.to_pylist()]
+        named = [next((cases[key] for key in of if key in cases), None) for of in keys]
+        for row, number in enumerate(articles.indices.to_pylist() if any(named) else ()):
+            if named[number] is not None:
+                found[row] = ("evaluation_case", named[number])
         ranks, places = rows["rank"].to_numpy(), rows["place"].to_numpy()
         firsts = np.concatenate([[0], np.cumsum(np.bincount(ranks, minlength=self.tasks))])
         row_at = np.empty(len(rows), np.int64)  # by rank, then place

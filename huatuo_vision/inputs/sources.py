@@ -226,7 +226,10 @@ class ImageFinder:
         first = np.searchsorted(order, wanted, "left")
         counts = np.searchsorted(order, wanted, "right") - first
         ends = np.cumsum(counts)
-        rows = table.take(np.repeat(first - (ends - counts), counts) + np.arange(ends[-1]))
+        if len(names) == 1:  # as preparation and training ask, row by row
+            rows = table.slice(first[0], counts[0])
+        else:
+            rows = table.take(np.repeat(first - (ends - counts), counts) + np.arange(ends[-1]))
         found = list(map(_Member, *(rows[key].to_pylist() for key in ("basename", "archive", "member", "crc", "size"))))
         ends = ends.tolist()
         return [

@@ -26,6 +26,7 @@ from data.sources.images import store_encoded
 from data.tables import IMAGE_SCHEMA, Pair, RunFolder, StoredImage, row_writer, stage_output
 from huatuo_vision.schema import UserError
 from tests.data.rows import pair
+from tests.evaluation import layouts
 
 
 def textured(seed: int, size: tuple[int, int] = (240, 180)) -> Image.Image:
@@ -236,6 +237,22 @@ def test_held_out_cases_drop_by_their_ids(tmp_path):
     assert list(kept) == ["PMC2.1-f1"] and dropped == {"PMC1.1-f1": ("evaluation_case", "PMC1.1")}
     found = contamination(run)
     assert found["cases"] == 2 and [overlap["article"] for overlap in found["overlaps"]] == ["PMC1.1"]
+
+
+def test_cases_of_a_benchmark_drop_by_their_numbers_and_by_their_discussions(tmp_path):
+    discussion = "Oedema of both thighs points to myositis, and the skin of the hands to the antisynthetase syndrome."
+    cases = layouts.medthinkvqa(tmp_path / "cases", [layouts.medthinkvqa_row(0, discussion=discussion)])
+    rows = [
+        row(1, [encoded(textured(1))], article="eurorad-19250"),
+        row(2, [encoded(textured(2))], article="eurorad-19259"),
+        row(3, [encoded(textured(3))], caption=f"A teaching file. {discussion}"),
+    ]
+    kept, dropped = dedup(folder(tmp_path / "run", [rows]), guard={"benchmarks": {"medthinkvqa": str(cases)}})
+    assert list(kept) == ["PMC2.1-f1"]
+    assert dropped == {
+        "PMC1.1-f1": ("evaluation_case", "medthinkvqa:eurorad/19250"),
+        "PMC3.1-f1": ("evaluation_question", "medthinkvqa:eurorad/19250"),
+    }
 
 
 @pytest.mark.parametrize(("content", "expected"), [(None, "can't be read"), ("\n \n", "names no case")])

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from data import overlap
-from data.overlap import case_keys
+from data.dedup.guard import case_keys
 from huatuo_vision.schema import UserError
 from tests.data.test_dedup import textured
 from tests.evaluation import layouts

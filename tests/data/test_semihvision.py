@@ -48,11 +48,11 @@ def rows(run_: RunFolder, kind: str) -> dict[str, dict]:
 @pytest.mark.slow
 def test_two_builds_differ_in_what_the_guideline_tells_alone(tmp_path: Path, stand_in: None) -> None:
     source = tmp_path / "source"
-    make_cases(source, cases=24, pictures=96, test=0, volumes=0, seed=0)
+    make_cases(source, cases=12, pictures=48, test=0, volumes=0, seed=0)
     found = {
         name: rows(built(f"evidence-{name}", source, tmp_path / name), "instruction") for name in ("with", "without")
     }
-    assert found["with"].keys() == found["without"].keys() and len(found["with"]) == 36 + 96
+    assert found["with"].keys() == found["without"].keys() and len(found["with"]) == 18 + 48
     right = {}
     for name, of in found.items():
         asked = {pair: row for pair, row in of.items() if row["method"] == "mllm_grounded"}
@@ -61,8 +61,8 @@ def test_two_builds_differ_in_what_the_guideline_tells_alone(tmp_path: Path, sta
         answers = {pair: FOLLOW_UPS["ABCD".index(row["conversations"][1]["value"])] for pair, row in asked.items()}
         right[name] = sum(answers[pair] == truth[pair] for pair in asked) / len(asked)
         assert all(bool(row["evidence"]) == (name == "with") for row in asked.values())
-    # A guess is right by 0.25 +- 0.044.
-    assert right["with"] > 0.85 and 0.1 < right["without"] < 0.42
+    # A guess is right by 0.25 +- 0.0625; the same in every run.
+    assert right["with"] > 0.85 and 0.05 < right["without"] < 0.45
     for pair, row in found["with"].items():
         other = found["without"][pair]
         assert row["conversations"][0] == other["conversations"][0] and row["image"] == other["image"]
