@@ -195,19 +195,19 @@ def test_a_killed_worker_ends_the_run_within_seconds_and_orphans_end_too(tmp_pat
     process = subprocess.Popen(
         command(slow, source, tmp_path / "run"), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment
     )
-    workers = _wait_for(lambda: list((tmp_path / "pids").glob("*")), 60)
+    workers = _wait_for(lambda: list((tmp_path / "pids").glob("*")), 200)
     started = time.monotonic()
     os.kill(int(workers[0].name), signal.SIGKILL)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=100)
     assert process.returncode == 2 and "a worker process was killed" in " ".join(said.split())
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60  # for ever, without the watch
     _wait_for(lambda: not [pid for pid in _pids(tmp_path) if _alive(pid)], 10)
 
     process = subprocess.Popen(
         command(slow, source, tmp_path / "run"), cwd=ROOT, stderr=subprocess.DEVNULL, env=environment
     )
     before = set(_pids(tmp_path))
-    _wait_for(lambda: set(_pids(tmp_path)) - before, 60)
+    _wait_for(lambda: set(_pids(tmp_path)) - before, 200)
     process.send_signal(signal.SIGKILL)
     process.wait()
     _wait_for(lambda: not [pid for pid in _pids(tmp_path) if _alive(pid)], 10)
