@@ -6,7 +6,8 @@
 Rows, pictures and archives are made on the spot: one JSON array with rows of PubMedVision's size, whose pictures lie in
 20 zip archives under other folders than the rows name (a picture for every row, two to six for one row in nine). What
 is measured is `train.py` itself, from the command to the plan of the first phase, with a tiny model; memory is the
-highest that the kernel saw (VmHWM) of the main process and of the largest process that it started.
+most that the main process, and the largest process that it started, held of their own (RssAnon, read every 50 ms: pages
+of mapped files, which the kernel takes back when it needs them, are left out).
 
 --rows: every picture is decoded and every text encoded, as before any training; then, all being prepared, a new run.
 The first of the sizes is also prepared from nothing once more, killed with SIGKILL half way and started again, which
@@ -128,9 +129,9 @@ def run_until(folder: Path, out: Path, cache: Path, done: Callable[[], bool]) ->
             if process.poll() is not None:
                 said.seek(0)
                 raise SystemExit(f"train.py ended with {process.returncode}:\n{said.read()[-3000:]}")
-            found.peak_mib = max(found.peak_mib, _peak_mib(process.pid))
+            found.peak_mib = max(found.peak_mib, _own_mib(process.pid))
             children = psutil.Process(process.pid).children()
-            found.worker_mib = max([found.worker_mib, *(_peak_mib(child.pid) for child in children)])
+            found.worker_mib = max([found.worker_mib, *(_own_mib(child.pid) for child in children)])
             time.sleep(0.05)
         found.seconds = time.monotonic() - began
         os.killpg(process.pid, signal.SIGKILL)
@@ -138,12 +139,12 @@ def run_until(folder: Path, out: Path, cache: Path, done: Callable[[], bool]) ->
     return found
 
 
-def _peak_mib(pid: int) -> float:
+def _own_mib(pid: int) -> float:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):  # it has ended
         return 0.0
-    line = next((line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM: 0 kB")
+    line = next((line for line in status.splitlines() if line.startswith("RssAnon")), "RssAnon: 0 kB")
     return int(line.split()[1]) / 1024
 
 
