@@ -85,7 +85,9 @@ class PackedLlava(LlavaForConditionalGeneration):
         """hidden: (t, D), labels: (t,). Cross-entropy in fp32, summed."""
         weight = self.lm_head.weight
         in_fp32 = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
-        if _CHUNKED is not None and hidden.device.type == "cpu" and in_fp32:
+        # FSDP gathers the head when it is called, not when its weight is looked at.
+        sharded = hasattr(weight, "device_mesh")
+        if _CHUNKED is not None and hidden.device.type == "cpu" and in_fp32 and not sharded:
             return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=_CHUNKED)
         return F.cross_entropy(self.lm_head(hidden).float(), labels, reduction="sum")
 
