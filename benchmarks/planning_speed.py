@@ -60,6 +60,7 @@ def measure(samples: int, global_batch_size: int) -> dict[str, Any]:
     )
     seconds = time.process_time() - began
     _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     # (steps, accumulation, ranks): the rows that run at the same time stand side by side.
     loads = np.add.reduceat(cost[plan.order], plan.row_starts[:-1]).reshape(plan.steps, -1, PROCESSES)
     return {

@@ -446,9 +446,10 @@ def _collect(folder: Path, repo_id: str, revision: str, license: str) -> dict[st
 def _has_own_architecture(folder: Path) -> bool:
     """Whether the model is one of several encoders, which transformers' own classes do not load."""
     config = folder / "config.json"
-    return (
-        config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "multi_encoder_llava"
-    )
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == "multi_encoder_llava"
+    except (OSError, ValueError, AttributeError):
+        return False  # an adapter's folder has none; one that is broken says nothing, and is searched for keys below
 
 
 def _collect_dataset(folder: Path, *, private: bool) -> dict[str, bytes | Path]:

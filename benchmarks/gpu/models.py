@@ -83,6 +83,7 @@ class Lora:
 @dataclass(frozen=True)
 class Part:
     lr: float
+    sva_lr: float | None = None
     lora: Lora | None = None
 
 

@@ -10,7 +10,14 @@ import sys
 import pytest
 
 from benchmarks.gpu import models
-from huatuo_vision.recipe import OptimizerSpec, PhaseSpec, ScheduleSpec, TrainSpec
+from huatuo_vision.recipe import (
+    LanguageModelTraining,
+    OptimizerSpec,
+    PhaseSpec,
+    ProjectorTraining,
+    ScheduleSpec,
+    TrainSpec,
+)
 from tests.training.conftest import ROOT
 
 # Importing one of these ends the run.
@@ -84,6 +91,7 @@ def test_the_stand_ins_have_the_recipes_fields():
 
     assert fields(models.Optimizer) == {name: f.default for name, f in OptimizerSpec.model_fields.items()}
     assert set(fields(models.Schedule)) == set(ScheduleSpec.model_fields)
+    assert set(fields(models.Part)) == set(ProjectorTraining.model_fields) | set(LanguageModelTraining.model_fields)
     assert set(fields(models.Phase)) <= set(PhaseSpec.model_fields)
     for stand_in in (models.PHASE_1, models.PHASE_2, models.LORA):
         values = {part: values or False for part, values in dataclasses.asdict(stand_in).items()}
