@@ -104,7 +104,7 @@ class Train:
 
 PHASE_1 = Train(projector=Part(1e-3))
 PHASE_2 = Train(projector=Part(2e-5), language_model=Part(2e-5))
-LORA = Train(projector=Part(2e-5), language_model=Part(2e-4, Lora()))
+LORA = Train(projector=Part(2e-5), language_model=Part(2e-4, lora=Lora()))
 
 
 @dataclass(frozen=True)
