@@ -7,17 +7,24 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.training.conftest import ROOT, TINY
 from tests.training.test_stop import aligned, logged
 
-LONGER = "phases.instruct.epochs=8"  # so that it still trains when the stand-ins have started
+LONGER = "phases.instruct.epochs=24"  # so that it still trains when the stand-ins have started
+# Every process of the step, launchers and data loaders too, as Slurm does.
+SIGNAL_ALL = """
+import signal, sys
+import psutil
+
+step = psutil.Process(int(sys.argv[1]))
+for process in [step, *step.children(recursive=True)]:
+    process.send_signal(signal.SIGUSR1)
+"""
 STAND_INS = {
     "srun": 'shift; echo $$ > "$SLURM_STATE/step"; export SLURM_NODEID=0; exec "$@"',
-    # Every process of the step, launchers and data loaders too, as Slurm does.
-    "scancel": f'{sys.executable} -m tests.training.test_slurm "$(cat "$SLURM_STATE/step")"',
+    "scancel": f'{sys.executable} "$SLURM_STATE/signal_all.py" "$(cat "$SLURM_STATE/step")"',
     "scontrol": 'if [ "$1" = requeue ]; then echo "$2" >> "$SLURM_STATE/requeued"; else echo localhost; fi',
 }
 
@@ -29,6 +36,7 @@ def submit(launcher, tmp_path):
     for name, body in STAND_INS.items():
         (commands / name).write_text(f"#!/bin/bash\n{body}\n")
         (commands / name).chmod(0o755)
+    (tmp_path / "signal_all.py").write_text(SIGNAL_ALL)
     path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = {"SLURM_JOB_ID": "42", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_STATE": str(tmp_path)}
     ours = {"PROCESSES_PER_NODE": "2", "CONFIG": "recipes/accelerate/cpu.yaml", "PATH": path}
@@ -64,13 +72,3 @@ def test_the_script_saves_and_queues_itself_again_until_the_run_is_finished(subm
     assert again.returncode == 0 and "resuming instruct from" in said, said[-3000:]
     assert requeued.read_text().split() == ["42"]
     assert (out / "final/model.safetensors").exists()
-
-
-def signal_all(step: int) -> None:
-    process = psutil.Process(step)
-    for each in [process, *process.children(recursive=True)]:
-        each.send_signal(signal.SIGUSR1)
-
-
-if __name__ == "__main__":
-    signal_all(int(sys.argv[1]))
