@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for _ in range(arguments.alternations):
             for name, command in COMMANDS.items():
                 found[name].append(start(command, cache))
-    table = Table(title=f"{arguments.alternations} turns, one thread: median [min to max]", title_justify="left")
+    table = Table(title=f"{arguments.alternations} turns, one thread: median (min to max)", title_justify="left")
     for column in ("command", "wall s", "CPU s"):
         table.add_column(column, justify="left" if column == "command" else "right", no_wrap=column != "command")
     for name, turns in found.items():
         columns = zip(*turns, strict=True)
-        table.add_row(name, *(f"{statistics.median(c):.1f} [{min(c):.1f} to {max(c):.1f}]" for c in columns))
+        table.add_row(name, *(f"{statistics.median(c):.1f} ({min(c):.1f} to {max(c):.1f})" for c in columns))
     Console(width=120).print(table)
 
 
