@@ -27,15 +27,20 @@ def make_model() -> PackedLlava:
 
 
 def train_two_steps(rank: int, port_file: str, out: str) -> None:
+    two_steps(rank, port_file, out, make_model(), row(SAMPLES[rank]))  # SAMPLES[1] is text only
+
+
+def two_steps(rank: int, port_file: str, out: str, model: torch.nn.Module, packed: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=2)
-    model = make_model()
     ddp = DistributedDataParallel(model)
     for _ in range(2):  # a gradient that never came is noticed in the step after
         model.zero_grad()
-        (losses(ddp, row(SAMPLES[rank])).sum() * 2).backward()  # SAMPLES[1] is text only; DDP averages
+        (losses(ddp, packed).sum() * 2).backward()  # DDP averages
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, out)
+    # Before the group: as the group's last owner it waits, holding the interpreter's lock, for a thread that needs it.
+    del ddp
     dist.destroy_process_group()
 
 
@@ -51,16 +56,7 @@ def test_a_rank_without_images(tmp_path):
 
 
 def train_several(rank: int, port_file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=2)
-    model = several_encoders()
-    ddp = DistributedDataParallel(model)
-    for _ in range(2):
-        model.zero_grad()
-        (losses(ddp, multi_row(MULTI_SAMPLES[rank])).sum() * 2).backward()
-    if rank == 0:
-        torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, out)
-    dist.destroy_process_group()
+    two_steps(rank, port_file, out, several_encoders(), multi_row(MULTI_SAMPLES[rank]))
 
 
 def several_encoders() -> torch.nn.Module:
