@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from huatuo_vision.run_record import write_json
 
@@ -16,31 +16,57 @@ MANIFEST = "manifest.json"
 _STAGING = ".saving"
 
 
+class FileFacts(BaseModel):
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    step: int
+    elapsed_seconds: float  # that the phase trained before it
+    world_size: int
+    distributed_type: str
+    files: dict[str, FileFacts] = Field(min_length=1)
+
+
 def staging_folder(phase_folder: Path) -> Path:
     """Where the checkpoint in the making lives; whatever lies here after a kill is rubbish."""
     return phase_folder / _STAGING
 
 
-def seal(phase_folder: Path, step: int, facts: dict[str, Any]) -> Path:
+def seal(phase_folder: Path, step: int, *, elapsed_seconds: float, world_size: int, distributed_type: str) -> Path:
     """Publish the checkpoint in the staging folder: hash every file, write the manifest, rename."""
     written = staging_folder(phase_folder) / f"checkpoint-{step}"
     files = sorted(path for path in written.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(_sha256_and_sync, files))
-    listing = {
-        str(path.relative_to(written)): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, hashes, strict=True)
-    }
-    write_json(written / MANIFEST, {"step": step, **facts, "files": listing})
+        hashes = list(pool.map(_sha256, files))
+    manifest = Manifest(
+        step=step,
+        elapsed_seconds=elapsed_seconds,
+        world_size=world_size,
+        distributed_type=distributed_type,
+        files={
+            str(path.relative_to(written)): FileFacts(size=path.stat().st_size, sha256=digest)
+            for path, digest in zip(files, hashes, strict=True)
+        },
+    )
+    write_json(written / MANIFEST, manifest.model_dump())
     published = phase_folder / f"checkpoint-{step}"
     shutil.rmtree(published, ignore_errors=True)  # an earlier one of this step that failed its check
+    # After a power cut a name may be there without what it names, unless the disk was waited for. The older
+    # checkpoints are removed next.
+    for path in (*files, written / MANIFEST, *(path for path in written.rglob("*") if path.is_dir()), written):
+        _sync(path)
     os.replace(written, published)
+    _sync(phase_folder)
     shutil.rmtree(staging_folder(phase_folder))
     return published
 
 
 def checkpoints(phase_folder: Path) -> list[Path]:
-    return list(phase_folder.glob("checkpoint-*"))
+    """The folders under a checkpoint's own name; `checkpoint-5.bak` is somebody's copy."""
+    found = (path for path in phase_folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal())
+    return [path for path in found if path.is_dir()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -58,33 +84,45 @@ def latest_checkpoint(phase_folder: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / MANIFEST).read_text())
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises OSError, or ValidationError for what is no manifest."""
+    return Manifest.model_validate_json((checkpoint / MANIFEST).read_bytes())
 
 
-def remove_old(phase_folder: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints."""
+def remove_old(phase_folder: Path, newest: int, keep: int) -> None:
+    """Keep the `keep` newest checkpoints up to step `newest`, the one just saved. Later ones were refused, or training
+    would have gone on from there: they must not count as kept."""
     by_step = sorted(checkpoints(phase_folder), key=step_of)
-    for folder in by_step[: max(0, len(by_step) - keep)]:
+    earlier = [folder for folder in by_step if step_of(folder) <= newest]
+    for folder in set(by_step) - set(earlier[-keep:]):
         shutil.rmtree(folder)
 
 
 def fault_of(folder: Path) -> str | None:
     """What does not match the manifest, in words; None for a whole checkpoint."""
     try:
-        listing = read_manifest(folder)["files"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
-        return "it has no readable manifest"
-    for name, expected in listing.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-    with ThreadPoolExecutor() as pool:
-        for name, digest in zip(listing, pool.map(_sha256, (folder / name for name in listing)), strict=True):
-            if digest != listing[name]["sha256"]:
-                return f"{name} does not match its hash"
+        manifest = read_manifest(folder)
+        if folder.name != f"checkpoint-{manifest.step}":
+            return f"{MANIFEST} is of step {manifest.step}"
+        for name, expected in manifest.files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected.size:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected.size}"
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(_sha256, (folder / name for name in manifest.files))
+            for (name, expected), digest in zip(manifest.files.items(), digests, strict=True):
+                if digest != expected.sha256:
+                    return f"{name} does not match its hash"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = f" at {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
+        return f"{MANIFEST} is damaged ({first['msg'].rstrip('.')}{where})"
     return None
 
 
@@ -93,7 +131,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha256_and_sync(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
+from rich.markup import escape
 from transformers import AutoConfig, TrainingArguments
 
 from huatuo_vision.cli import Stopped
@@ -107,7 +108,7 @@ def run_phase(
     progress = ProgressLog(out / "log.jsonl", name, console)
     progress.attach(trainer, resumed_step=step_of(checkpoint) if checkpoint else 0)
     if checkpoint is not None:
-        trainer.elapsed_before = read_manifest(checkpoint)["elapsed_seconds"]
+        trainer.elapsed_before = read_manifest(checkpoint).elapsed_seconds
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         place = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
@@ -182,15 +183,16 @@ def _agree_on_checkpoint(
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         found = list(latest_checkpoint(folder))
+        instead = f"{found[0].name} is used" if found[0] else "no other is left, so the phase begins anew"
         for sentence in found[1]:
-            console.print(f"[yellow]{sentence}; the one before it is used[/yellow]")
+            console.print(f"[yellow]{escape(sentence)}; {instead}[/yellow]", highlight=False)
     if state.num_processes > 1:
         broadcast_object_list(found)
     checkpoint = found[0]
     if checkpoint is None:
         return None
     manifest = read_manifest(checkpoint)
-    world = (manifest["distributed_type"], manifest["world_size"])
+    world = (manifest.distributed_type, manifest.world_size)
     if "DEEPSPEED" in (world[0], state.distributed_type.value) and world != (
         state.distributed_type.value,
         state.num_processes,

@@ -182,13 +182,15 @@ class PhaseTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _seal(self) -> None:
-        facts = {
-            "elapsed_seconds": self.elapsed_seconds,
-            "world_size": self.accelerator.num_processes,
-            "distributed_type": self.accelerator.distributed_type.value,
-        }
-        seal(self.folder, self.state.global_step, facts)
-        remove_old(self.folder, self.phase.keep_checkpoints)
+        step = self.state.global_step
+        seal(
+            self.folder,
+            step,
+            elapsed_seconds=self.elapsed_seconds,
+            world_size=self.accelerator.num_processes,
+            distributed_type=self.accelerator.distributed_type.value,
+        )
+        remove_old(self.folder, newest=step, keep=self.phase.keep_checkpoints)
 
     def _no_room(self, error: BaseException) -> str:
         free = shutil.disk_usage(self.folder).free

@@ -275,7 +275,7 @@ def test_a_checkpoint_holds_exactly_what_trains_and_becomes_a_model_folder(launc
     assert not refused
     saved = safetensors.torch.load_file(checkpoint / "trainable.safetensors")
     assert {name.split(".")[1] for name in saved} == {"multi_modal_projector"}
-    assert read_manifest(checkpoint)["world_size"] == 1
+    assert read_manifest(checkpoint).world_size == 1
 
     export_checkpoint(checkpoint, tmp_path / "exported")
     projector = {module: name for name in weights(tmp_path / "exported") if (module := f"model.{name}") in saved}
