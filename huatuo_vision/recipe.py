@@ -34,6 +34,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from huatuo_vision.run_record import write_text
 from huatuo_vision.schema import UserError
 
 PHASE_NAMES = ("text", "align", "instruct", "anneal")
@@ -644,7 +645,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    path.write_text(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
 
 
 def differing_keys(a: Recipe, b: Recipe, through_phase: str | None = None) -> list[str]:

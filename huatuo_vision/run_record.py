@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from huatuo_vision.schema import UserError
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "huggingface_hub", "tokenizers", "pillow")
 _OPTIONAL_PACKAGES = ("bitsandbytes", "flash-attn", "deepspeed")
@@ -51,11 +53,29 @@ def _git(*arguments: str) -> str | None:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / "run.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote. Raises UserError where the file is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged (no JSON); put a whole copy back, or start over with --fresh") from None
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write and rename, so that a reader sees the old file or the new one."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and rename, so that whoever reads, now or after a kill or a power cut, sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

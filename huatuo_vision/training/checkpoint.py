@@ -55,7 +55,7 @@ def seal(phase_folder: Path, step: int, *, elapsed_seconds: float, world_size: i
     shutil.rmtree(published, ignore_errors=True)  # an earlier one of this step that failed its check
     # After a power cut a name may be there without what it names, unless the disk was waited for. The older
     # checkpoints are removed next.
-    for path in (*files, written / MANIFEST, *(path for path in written.rglob("*") if path.is_dir()), written):
+    for path in (*files, *(path for path in written.rglob("*") if path.is_dir()), written):
         _sync(path)
     os.replace(written, published)
     _sync(phase_folder)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from huatuo_vision.launch import launched_world
+from huatuo_vision.training.log import read_log, rewrite_log
 
 _SHOWN = (
     ("loss", "loss {:.4f}"),
@@ -49,17 +50,8 @@ class ProgressLog(TrainerCallback):
 
     def _forget_after(self, step: int) -> None:
         """Drop this phase's lines past the checkpoint that is resumed, so that every step is logged once."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # torn by a kill while it was written
-                continue
-            if entry["phase"] != self.phase or entry["step"] <= step:
-                kept.append(line)
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [entry for entry in read_log(self.path) if entry["phase"] != self.phase or entry["step"] <= step]
+        rewrite_log(self.path, kept)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:

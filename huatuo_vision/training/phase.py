@@ -27,7 +27,7 @@ from huatuo_vision.model.folder import load_model, save_model_folder
 from huatuo_vision.model.llava import recompute, skip_unread_layers
 from huatuo_vision.model.merge import save_adapter
 from huatuo_vision.model.trainable import apply_training, fsdp_wrap_classes, parameter_counts, quantization_config
-from huatuo_vision.run_record import write_json
+from huatuo_vision.run_record import read_json, write_json
 from huatuo_vision.schema import UserError
 from huatuo_vision.training.checkpoint import checkpoints, latest_checkpoint, read_manifest, step_of
 from huatuo_vision.training.console import ProgressLog
@@ -272,7 +272,6 @@ def discard_checkpoints(folder: Path) -> None:
 def record_plan(folder: Path, data: PhaseData) -> None:
     """Write down which data the phase began with. Raises UserError where a resumed phase finds other data."""
     import hashlib
-    import json
 
     digest = hashlib.sha256()
     for array in (data.pool.source, data.pool.row, data.pool.tokens, data.pool.targets, data.pool.images):
@@ -281,7 +280,7 @@ def record_plan(folder: Path, data: PhaseData) -> None:
     facts = {"samples": len(data.pool), "sha256": digest.hexdigest()}
     path = folder / "data.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         if before != facts:
             raise UserError(
                 f"the data of phase {folder.name} changed since it began ({before['samples']:,} samples with digest "

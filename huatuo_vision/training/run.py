@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -35,9 +34,9 @@ from huatuo_vision.model.flops import ModelShape
 from huatuo_vision.model.merge import merge
 from huatuo_vision.recipe import Recipe, differing_keys, load_recipe, save_recipe
 from huatuo_vision.redaction import redact
-from huatuo_vision.run_record import environment, now, read_record, write_json
+from huatuo_vision.run_record import environment, now, read_json, read_record, write_json, write_text
 from huatuo_vision.schema import UserError
-from huatuo_vision.training.curves import plot_losses
+from huatuo_vision.training.log import plot_losses, read_log, rewrite_log
 from huatuo_vision.training.phase import discard_checkpoints, plan_phase, record_plan, run_phase
 from huatuo_vision.training.stop import StopRequest
 from huatuo_vision.training.trackers import prepare_trackers
@@ -183,7 +182,7 @@ def _take_over(recipe: Recipe, out: Path, donor: Path, console: Console) -> None
             _link_folder(donor / "base", out / "base")
         for kept in ("recipe.yaml", "data.json"):
             (out / name).mkdir(exist_ok=True)
-            shutil.copyfile(donor / name / kept, out / name / kept)
+            write_text(out / name / kept, (donor / name / kept).read_text())
         _copy_log(donor / "log.jsonl", out / "log.jsonl", name)
         _record(out, phases=read_record(out)["phases"] | {name: record["phases"][name]})
         discard_checkpoints(out / name)
@@ -200,12 +199,8 @@ def _take_over(recipe: Recipe, out: Path, donor: Path, console: Console) -> None
 
 def _copy_log(donor: Path, log: Path, phase: str) -> None:
     """The phase's lines of another run's log, in place of any that are there."""
-    own = log.read_text().splitlines() if log.exists() else []
-    lines = [line for line in own if json.loads(line)["phase"] != phase]
-    lines += [line for line in donor.read_text().splitlines() if json.loads(line)["phase"] == phase]
-    temporary = log.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines))
-    os.replace(temporary, log)
+    entries = [entry for entry in read_log(log) if entry["phase"] != phase]
+    rewrite_log(log, entries + [entry for entry in read_log(donor) if entry["phase"] == phase])
 
 
 def _data_record(recipe: Recipe, phases: Sequence[str], report: Any) -> dict[str, Any]:
@@ -224,7 +219,7 @@ def _compose_base(recipe: Recipe, out: Path, console: Console) -> None:
         compose_processor(recipe.model, base, recipe_texts(recipe) if recipe.model.trains_tokenizer else None)
         compose_weights(recipe.model, base, recipe.seed)
         write_json(base / "base.json", {name: _origin(spec) for name, spec in recipe.model.pretrained.items()})
-    _record(out, base_models=json.loads((base / "base.json").read_text()))
+    _record(out, base_models=read_json(base / "base.json"))
 
 
 def _origin(spec: Any) -> dict[str, Any]:

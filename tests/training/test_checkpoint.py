@@ -108,7 +108,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"renamed to {Path(b).name}"), replace(a, b)))
     saved(tmp_path / "align", 5)
     before = done[: done.index("renamed to checkpoint-5")]
-    assert {"trainable.safetensors", "optimizer.pt", "manifest.json", "checkpoint-5"} <= set(before)
+    assert {"trainable.safetensors", "optimizer.pt", f".manifest.json.{os.getpid()}", "checkpoint-5"} <= set(before)
     assert done[-1] == "align"
 
 

@@ -1,9 +1,28 @@
-"""The loss curves of a run as a picture."""
+"""`log.jsonl`, a line for every log event of a run; and the same as a picture."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from huatuo_vision.run_record import write_text
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries, without what a kill tore; none where there is no log yet."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries
+
+
+def rewrite_log(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in entries))
 
 
 def plot_losses(log: Path, target: Path, title: str) -> None:
@@ -14,9 +33,10 @@ def plot_losses(log: Path, target: Path, title: str) -> None:
     from matplotlib import pyplot
 
     phases: dict[str, list[dict]] = {}
-    for line in log.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_log(log):
         phases.setdefault(entry["phase"], []).append(entry)
+    if not phases:  # somebody removed the log
+        return
     figure, axes = pyplot.subplots(
         1, len(phases), figsize=(5.2 * len(phases), 3.6), squeeze=False, layout="constrained"
     )
