@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from huatuo_vision.cli import run_command
 from huatuo_vision.launch import launched_world
@@ -49,10 +50,12 @@ def main() -> None:
         return
 
     from huatuo_vision.training.run import train
+    from huatuo_vision.training.stop import StopRequest
 
     final = train(recipe, out, phases=phases, fresh=arguments.fresh, overrides=arguments.set, console=console)
     if recipe.hub.push != "never" and launched_world().rank == 0:
-        push(recipe, out, phases, final, console)
+        with StopRequest():
+            push(recipe, out, phases, final, console)
 
 
 def push(recipe: Recipe, out: Path, phases: list[str], final: Path | None, console: Console) -> None:
@@ -73,9 +76,11 @@ def push(recipe: Recipe, out: Path, phases: list[str], final: Path | None, conso
             license=recipe.hub.license,
         )
         if pushed.ok:
-            console.print(f"pushed       {folder} to {recipe.hub.repo_id}@{revision}: {pushed.url}")
+            console.print(f"pushed       {folder} to {recipe.hub.repo_id}@{revision}: {pushed.url}", markup=False)
         else:
-            console.print(f"[red]not pushed[/red]: {pushed.error}\n  try again: {pushed.redo_command}", highlight=False)
+            console.print(
+                "[red]not pushed[/red]:", escape(f"{pushed.error}\n  try again: {pushed.redo_command}"), highlight=False
+            )
 
 
 if __name__ == "__main__":

@@ -125,14 +125,17 @@ class Source:
                 continue
             yield from (message.content for message in sample.messages)
 
-    def record(self) -> dict[str, Any]:
-        """What the run record says of this source. Reads the data files once, for their checksums."""
+    def record(self, cache_dir: Path) -> dict[str, Any]:
+        """What the run record says of this source. Reads the data files once, for their checksums.
+
+        Raises UserError for a file that changed behind its size and time, by which what was read of it is found again.
+        """
         return {
             "adapter": self.spec.adapter,
             "hub_id": self.spec.hub_id,
             "revision": self.revision,
             "path": self.spec.path,
-            "sha256": {Path(file).name: _sha256(file) for file in self.files},
+            "sha256": {Path(file).name: _unchanged(Path(file), cache_dir) for file in self.files},
             "rows": len(self),
             "synthetic": self.spec.adapter == "phantom",
         }
@@ -565,7 +568,22 @@ def _digest_of_bytes(value: object) -> str:
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
-def _sha256(path: str) -> str:
+def _unchanged(path: Path, cache_dir: Path) -> str:
+    """The file's sha256, which is kept in `cache_dir` under the size and time that it was first recorded with."""
+    status, digest = path.stat(), _sha256(path)
+    kept = cache_dir / "sha256" / _key((str(path), status.st_size, status.st_mtime_ns))
+    if not kept.exists():
+        with _replacing(kept) as temporary:
+            temporary.write_text(digest)
+    elif kept.read_text() != digest:
+        raise UserError(
+            f"{path} has the size and time of an earlier reading but other content, so its old rows would be used; "
+            f"touch {path} and start again"
+        )
+    return digest
+
+
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -45,7 +46,15 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from huatuo_vision.model.encoders import ENCODERS, LLAVA_ENCODERS, EncoderFamily, GridEncoder
-from huatuo_vision.model.folder import check_loaded, load_model, module_name, replacing, save_model_folder, write_config
+from huatuo_vision.model.folder import (
+    check_loaded,
+    damaged_weights,
+    load_model,
+    module_name,
+    replacing,
+    save_model_folder,
+    write_config,
+)
 from huatuo_vision.model.multi_encoder import MultiEncoderConfig, check_grids, projector
 from huatuo_vision.model.processor import (
     finished_tokenizer,
@@ -618,6 +627,8 @@ def _load_whole(model_class: Any, source: _Source, **kwargs: Any) -> tuple[PreTr
             output_loading_info=True,
             **kwargs,
         )
+    except SafetensorError as error:
+        raise damaged_weights(source.location, error) from None
     except OSError as error:
         raise UserError(
             f"no safetensors weights can be read from {source.location} at {source.revision} ({one_line(error)}); "

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -225,6 +225,18 @@ def tensor_headers(path: Path) -> dict[str, TensorHeader]:
         }
 
 
+def damaged_weights(location: Path | str, error: SafetensorError) -> UserError:
+    """What to raise where loading a model met the error: it names the file, which the error itself does not."""
+    damaged = str(location)
+    for path in sorted(Path(location).glob("*.safetensors")):
+        try:
+            tensor_headers(path)
+        except SafetensorError:
+            damaged = str(path)
+            break
+    return UserError(f"{damaged} is damaged or cut short ({error}); put a whole copy back")
+
+
 def load_model(
     folder: Path | str,
     *,
@@ -267,6 +279,8 @@ def load_model(
             # transformers renames for its own classes only, so a subclass would silently start with a random head.
             key_mapping=None if several else {f"^{canonical}": module for module, canonical in _PREFIXES},
         )
+    except SafetensorError as error:
+        raise damaged_weights(folder, error) from None
     except OSError as error:
         raise UserError(f"no model can be loaded from {folder}: {' '.join(str(error).split())}") from None
     check_loaded(f"{folder}", info)

@@ -201,7 +201,7 @@ def _agree_on_checkpoint(
             f"{checkpoint} was written by {world[1]} processes under {world[0]}; this is {state.num_processes} under "
             f"{state.distributed_type.value}; under DeepSpeed a run resumes on the same number of processes only"
         )
-    console.print(f"resuming {folder.name} from {checkpoint}")
+    console.print(f"resuming {folder.name} from {checkpoint}", markup=False)
     return checkpoint
 
 

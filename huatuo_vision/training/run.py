@@ -73,7 +73,7 @@ def train(
         for name in phases:
             folder = out / name
             if is_finished(folder):
-                console.print(f"{name} is finished already: {folder / 'model'}")
+                console.print(f"{name} is finished already: {folder / 'model'}", markup=False)
                 continue
             start = _start_folder(recipe, name, out, state)
             pool = load_pool(recipe, name, out, recipe.seed)
@@ -128,8 +128,9 @@ class _only_run_in:
 
     def __enter__(self) -> None:
         if self.is_main_process:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.out.parent / f".{self.out.name}.lock", timeout=0)
+            out = self.out.resolve()  # one lock, whatever the folder is called
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
             try:
                 self.lock.acquire()
             except Timeout:
@@ -144,7 +145,7 @@ def _open_folder(recipe: Recipe, out: Path, fresh: bool, overrides: Sequence[str
     if fresh and out.exists():
         aside = next(p for n in itertools.count(1) if not (p := out.with_name(f"{out.name}.old-{n}")).exists())
         os.replace(out, aside)
-        console.print(f"the earlier run was moved to {aside}; delete it when you no longer need it")
+        console.print(f"the earlier run was moved to {aside}; delete it when you no longer need it", markup=False)
     for name in recipe.phases:
         begun = out / name / "recipe.yaml"
         if not begun.exists():
@@ -187,7 +188,7 @@ def _take_over(recipe: Recipe, out: Path, donor: Path, console: Console) -> None
         _record(out, phases=read_record(out)["phases"] | {name: record["phases"][name]})
         discard_checkpoints(out / name)
         _link_folder(donor / name / "model", out / name / "model")  # last: it marks the phase as finished
-        console.print(f"{name} is taken over from {donor}")
+        console.print(f"{name} is taken over from {donor}", markup=False)
     first = next(iter(recipe.phases))
     if is_finished(out / first):
         return
@@ -207,7 +208,7 @@ def _data_record(recipe: Recipe, phases: Sequence[str], report: Any) -> dict[str
     record = {}
     for name, source in open_sources(recipe, phases).items():
         checked = report.sources[name]
-        record[name] = source.record() | {"kept": checked["kept"], "dropped": checked["dropped"]}
+        record[name] = source.record(cache_folder()) | {"kept": checked["kept"], "dropped": checked["dropped"]}
     return record
 
 
@@ -326,4 +327,5 @@ def _print_summary(recipe: Recipe, out: Path, console: Console) -> None:
     console.print(
         f"model        {out / 'final'}\nloss curves  {out / 'loss.png'}\nrun record   {out / 'run.json'}",
         highlight=False,
+        markup=False,
     )

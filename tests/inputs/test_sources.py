@@ -499,7 +499,7 @@ def test_parquet_with_images_inside(folder):
     with pytest.raises(BadSample, match="'a': has no image"):
         source.sample(3)
     assert source.content_keys(0, 2)[0] != source.content_keys(1, 3)[0]
-    assert set(source.record()["sha256"]) == {"0.parquet", "1.parquet"}
+    assert set(source.record(folder.cache)["sha256"]) == {"0.parquet", "1.parquet"}
 
 
 def test_parquet_with_lists_of_images(folder):
@@ -645,8 +645,29 @@ def test_texts_are_those_of_the_samples(folder):
     assert list(folder.open(rows, **PMV).texts()) == texts
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv"])
+def test_a_file_that_changed_behind_its_size_and_time_is_refused(folder, name):
+    def write(caption: str) -> Path:
+        rows = [{"id": "a", "image": "a.png", "caption": caption}]
+        if name.endswith(".json"):
+            return folder.write(rows, name)
+        (folder.path / name).write_text(f"id,image,caption\na,a.png,{caption}\n")
+        return folder.path / name
+
+    file = write("A mass in the liver.")
+    before = folder.open_file(file, "captions").record(folder.cache)
+    time = file.stat().st_mtime_ns
+    write("A cyst in the liver.")
+    os.utime(file, ns=(time, time))
+    with pytest.raises(UserError, match=rf"{name} has the size and time of an earlier reading .*; touch "):
+        folder.open_file(file, "captions").record(folder.cache)
+    os.utime(file, ns=(time, time + 2_000_000_000))
+    source = folder.open_file(file, "captions")
+    assert "A cyst" in "".join(source.texts()) and source.record(folder.cache)["sha256"] != before["sha256"]
+
+
 def test_the_run_record(folder):
-    record = folder.open([pubmedvision_row()], **PMV).record()
+    record = folder.open([pubmedvision_row()], **PMV).record(folder.cache)
     assert {key: record[key] for key in ("adapter", "hub_id", "revision", "rows", "synthetic")} == {
         "adapter": "pubmedvision",
         "hub_id": None,
@@ -719,7 +740,7 @@ def test_hub_rows_and_their_commit(folder, monkeypatch):
         "split": "train",
     }
     assert source.sample(2).images[0].path == str(folder.path / "images/pmc_2_0.png")
-    assert source.record() | {"revision": "a" * 40, "sha256": {}, "rows": 3} == source.record()
+    assert source.record(folder.cache) | {"revision": "a" * 40, "sha256": {}, "rows": 3} == source.record(folder.cache)
     bare = open_source("s", SourceSpec(**PMV, hub_id="org/PubMedVision"), folder.cache)
     with pytest.raises(UserError, match="image_root"):
         bare.sample(0)
@@ -748,7 +769,7 @@ def test_phantoms_are_made_once_and_then_opened(folder):
     assert made == {path: path.stat().st_mtime_ns for path in folder.cache.rglob("*.json")}
     for config in ("alignment", "instruction"):
         source = open_source("s", spec.model_copy(update={"config": config}), folder.cache)
-        assert len(source) == 6 and source.record()["synthetic"]
+        assert len(source) == 6 and source.record(folder.cache)["synthetic"]
         for i in range(6):
             sample = source.sample(i)
             for ref in sample.images:

@@ -176,6 +176,11 @@ def test_damaged_weights_are_refused_by_name(base: Path, tmp_path: Path) -> None
         load_model(damaged(weights | {bias: torch.zeros(5)}), dtype=torch.float32)
     with pytest.raises(UserError, match="no model can be loaded from"):
         load_model(tmp_path / "nothing", dtype=torch.float32)
+    file = damaged(weights) / "model.safetensors"
+    for content in (file.read_bytes()[:-100], b"", b"x" * 100):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut short"):
+            load_model(tmp_path, dtype=torch.float32)
 
 
 def test_an_adapter_folder_loads_on_its_base_model(base: Path, tmp_path: Path) -> None:

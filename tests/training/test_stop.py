@@ -13,18 +13,21 @@ import pytest
 
 from huatuo_vision.cli import START_AGAIN
 from huatuo_vision.training.checkpoint import latest_checkpoint
+from tests.fake_hub import FakeHub
 from tests.training.conftest import ROOT, largest_difference
 
 
-def signalled(launcher, out: Path, number: signal.Signals, when, **options) -> tuple[int, str]:
+def signalled(
+    launcher, out: Path, number: signal.Signals, when, *arguments: str, environment: dict | None = None, **options
+) -> tuple[int, str]:
     """Start a run and signal one of its processes as soon as `when()`; the exit code and what was said."""
     process = subprocess.Popen(
-        launcher.command(out, **options),
+        launcher.command(out, *arguments, **options),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env=launcher.environment(),
+        env=environment or launcher.environment(),
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
@@ -119,3 +122,20 @@ def test_before_training_a_signal_stops_at_once(launcher, tmp_path):
     code, said = signalled(launcher, out, signal.SIGTERM, lambda: (out / "recipe.yaml").exists())
     assert code == START_AGAIN and "stopped by SIGTERM" in said and "Traceback" not in said
     assert not (out / "align/model").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_during_a_push_asks_for_a_restart_that_pushes(launcher, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "pushed")
+    to_hub = [f"hub.{key}" for key in ("repo_id=org/tiny", "push=final", "license=apache-2.0")]
+    arguments = [word for setting in to_hub for word in ("--set", setting)]
+    with FakeHub() as hub:
+        environment = launcher.environment() | hub.environment(tmp_path)
+        environment |= {"HF_HOME": str(launcher.hf_home), "HF_HUB_OFFLINE": "0"}
+        hub.stall_next(20, path="/commit/")
+        pushing = lambda: hub.failures[0].times == 0  # noqa: E731
+        code, said = signalled(launcher, out, signal.SIGUSR1, pushing, *arguments, environment=environment)
+        assert code == START_AGAIN and "stopped by SIGUSR1; the same command goes on" in said
+        assert "model.safetensors" not in hub.files("org/tiny")
+        again = subprocess.run(launcher.command(out, *arguments), env=environment, cwd=ROOT, check=False)
+        assert again.returncode == 0 and "model.safetensors" in hub.files("org/tiny")
