@@ -14,11 +14,13 @@ SECRETS = {
     rb"|(?i:aws_secret_access_key)[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9/+]{40}",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
+SECRET_VARIABLE = re.compile(r"(TOKEN|API_KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)$")  # HF_TOKEN, WANDB_API_KEY, ...
 
 
 def own_secrets() -> list[str]:
-    return [os.environ[name] for name in SECRET_VARIABLES if len(os.environ.get(name, "")) >= 8]
+    """The keys in this process's environment, the longest first: one may be a part of another."""
+    found = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name) and len(value) >= 8}
+    return sorted(found, key=len, reverse=True)
 
 
 def redact(text: str) -> str:
@@ -27,7 +29,7 @@ def redact(text: str) -> str:
         text = text.replace(secret, "***")
     for pattern in SECRETS.values():
         text = re.sub(pattern.decode(), "***", text)
-    return re.sub(r"(\w+://)[^/\s@]+@", r"\1", text)
+    return re.sub(r"(\w+://)[^/\s'\"]+@", r"\1", text)  # up to the last @: a password may hold one
 
 
 def without_queries(text: str) -> str:

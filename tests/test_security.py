@@ -85,11 +85,15 @@ def test_the_scan_sees_what_it_is_there_for(line):
         (f"GET https://user:{TOKEN}@huggingface.co/x failed", "GET https://huggingface.co/x failed"),
         (f"Authorization: Bearer {TOKEN}", "Authorization: Bearer ***"),
         ("my0own0key is in the text", "*** is in the text"),
+        ("its token is a0trackers0token", "its token is ***"),
+        ("mysql://me:pass@word@host/x or 'http://a:b@c'", "mysql://host/x or 'http://c'"),
+        ("see https://host/a, mail me@host", "see https://host/a, mail me@host"),
         ("s3://bucket/a@b", "s3://bucket/a@b"),
     ],
 )
 def test_redaction(text, after, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "my0own0key")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "a0trackers0token")
     assert redact(text) == after
 
 

@@ -256,7 +256,10 @@ _in_worker: dict[str, object] = {}  # what this preparation process was started 
 
 
 def _start_worker(sources: Mapping[str, Source], encoder: Encoder) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: running shards are finished
+    # Ctrl-C and the signal before a time limit reach every process, and are the parent's to handle: running shards are
+    # finished. SIGTERM is how the parent itself ends the others where one died.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _in_worker.update(sources=sources, encoder=encoder)
 

@@ -24,7 +24,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     import torch
 
     from huatuo_vision.model.folder import replacing
-    from huatuo_vision.recipe import load_recipe
+    from huatuo_vision.recipe import PHASE_NAMES, load_recipe
     from huatuo_vision.training.checkpoint import fault_of
     from huatuo_vision.training.phase import load_start, save_trained
     from huatuo_vision.training.run import start_of
@@ -32,9 +32,14 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
 
     if out.exists():
         raise UserError(f"--out {out} exists; name another folder")
+    checkpoint = checkpoint.resolve()
     if fault := fault_of(checkpoint):
         raise UserError(f"{checkpoint} is no whole checkpoint: {fault}; name another")
-    folder = checkpoint.resolve().parent
+    folder = checkpoint.parent
+    if not (folder / "recipe.yaml").is_file() or folder.name not in PHASE_NAMES:
+        raise UserError(
+            f"{checkpoint} lies in no run's folder; expected RUN/PHASE/{checkpoint.name} as train.py left it"
+        )
     recipe = load_recipe(folder / "recipe.yaml")
     phase, start = recipe.phases[folder.name], start_of(recipe, folder.name, folder.parent)
     model = load_start(phase, start, torch.device("cpu"))

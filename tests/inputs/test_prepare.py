@@ -1,11 +1,14 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -499,3 +502,10 @@ def test_the_pool_knows_the_data_by_their_content(data, run, tmp_path):
     assert contents() == before
     data.rows[-1]["messages"][1]["content"] = "right lung"  # no token more or less
     assert contents() != before
+
+
+def test_a_worker_leaves_the_signal_before_a_time_limit_to_its_parent():
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, preparation._start_worker, ({}, None)) as pool:
+        pool.submit(signal.raise_signal, signal.SIGUSR1).result()
+        assert pool.submit(os.getpid).result() != os.getpid()

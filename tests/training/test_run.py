@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -268,7 +270,7 @@ def test_trackers_write_offline(launcher, tmp_path, monkeypatch):
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
-def test_a_checkpoint_holds_exactly_what_trains_and_becomes_a_model_folder(launcher, tmp_path):
+def test_a_checkpoint_holds_exactly_what_trains_and_becomes_a_model_folder(launcher, tmp_path, monkeypatch):
     out = tmp_path / "ck"
     launcher.run_and_kill(out, lambda: (out / "align/checkpoint-5").exists())
     checkpoint, refused = latest_checkpoint(out / "align")
@@ -285,6 +287,10 @@ def test_a_checkpoint_holds_exactly_what_trains_and_becomes_a_model_folder(launc
     assert all(torch.equal(exported[name], saved[module]) for module, name in projector.items())
     with pytest.raises(UserError, match="exists; name another folder"):
         export_checkpoint(checkpoint, tmp_path / "exported")
+    shutil.copytree(out / "align", tmp_path / "lone/renamed")
+    monkeypatch.chdir(tmp_path / "lone/renamed" / checkpoint.name)
+    with pytest.raises(UserError, match="lies in no run's folder; expected RUN/PHASE/checkpoint-"):
+        export_checkpoint(Path(), tmp_path / "another")
     (checkpoint / "trainable.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="no whole checkpoint: trainable.safetensors has 3 bytes"):
         export_checkpoint(checkpoint, tmp_path / "another")
