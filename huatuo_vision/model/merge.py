@@ -82,7 +82,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None) -> None:
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    from huatuo_vision.model.folder import load_model, name_on_disk, save_model_folder, tensor_headers
+    from huatuo_vision.model.folder import load_model, name_on_disk, replacing, save_model_folder, tensor_headers
 
     model = load_model(base, dtype=AutoConfig.from_pretrained(base).dtype)
     adapted = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)))
@@ -105,10 +105,11 @@ def merge(adapter: Path, out: Path, base: Path | None = None) -> None:
         name: weight.to(on_disk.get(name_on_disk(name, merged.config), weight.dtype))
         for name, weight in merged.state_dict().items()
     }
-    save_model_folder(out, state_dict, merged.config, source_folder=adapter)
-    for name in RUN_FILES:
-        if (adapter / name).is_file():
-            shutil.copy2(adapter / name, out / name)
+    with replacing(out) as new:
+        save_model_folder(new, state_dict, merged.config, source_folder=adapter)
+        for name in RUN_FILES:
+            if (adapter / name).is_file():
+                shutil.copy2(adapter / name, new / name)
 
 
 def main() -> None:

@@ -73,6 +73,8 @@ def train(
         for name in phases:
             folder = out / name
             if is_finished(folder):
+                if state.is_main_process:
+                    discard_checkpoints(folder)  # of a run that was killed right after it had finished the phase
                 console.print(f"{name} is finished already: {folder / 'model'}", markup=False)
                 continue
             start = _start_folder(recipe, name, out, state)
@@ -157,6 +159,9 @@ def _open_folder(recipe: Recipe, out: Path, fresh: bool, overrides: Sequence[str
                 "choose another --out, or start over with --fresh"
             )
     out.mkdir(parents=True, exist_ok=True)
+    # Model folders that a kill left in the making: their names hold the process, so nobody would replace them.
+    for half_written in (*out.glob(".*base.*.new"), *out.glob("*/.*.new")):
+        shutil.rmtree(half_written)
     save_recipe(recipe, out / "recipe.yaml")
     if read_record(out) is None:
         write_json(

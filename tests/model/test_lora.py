@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from huatuo_vision.model import merge as merging
 from huatuo_vision.model.folder import PROCESSOR_FILES, load_model, save_model_folder
 from huatuo_vision.model.merge import merge, save_adapter
 from huatuo_vision.model.trainable import apply_training, parameter_counts, parameter_groups, quantization_config
@@ -169,6 +170,21 @@ def test_merged_is_a_plain_checkpoint_of_the_trained_model(adapter: tuple[Path, 
     for name in ("recipe.yaml", "run.json"):
         assert (tmp_path / "merged" / name).read_text() == f"the run's {name}"
     assert (tmp_path / "merged" / "config.json").read_text().count("LlavaForConditionalGeneration") == 1
+
+
+def test_a_merge_that_breaks_off_leaves_no_folder_without_its_record(
+    adapter: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, _ = adapter
+    (folder / "run.json").write_text("{}")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging.shutil, "copy2", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merging_keeps_the_dtypes_of_the_base(adapter: tuple[Path, nn.Module], tmp_path: Path):

@@ -159,8 +159,12 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(launcher, finis
     launcher.run_and_kill(out, newest.exists, *often)
     optimizer = newest / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1] + b"x")
+    # What other kills leave: a model half exported, and the checkpoint of a phase that had just been finished.
+    left = [shutil.copytree(newest, out / name) for name in ("align/checkpoint-12", "instruct/.model.4711.new")]
     done = launcher.run(out, *often)
-    assert "checkpoint-6 is not used: optimizer.pt does not match its hash" in " ".join(done.stdout.split())
+    said = " ".join(done.stdout.split())
+    assert "checkpoint-6 is not used: optimizer.pt does not match its hash; checkpoint-3 is used" in said
+    assert not any(folder.exists() for folder in left)
     assert largest_difference(finished / "final", out / "final") == 0
 
 
