@@ -11,6 +11,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from huatuo_vision.redaction import redact
 from huatuo_vision.run_record import write_text
 from huatuo_vision.schema import UserError
 
@@ -521,6 +523,8 @@ class HubSpec(Strict):
     def _check(self) -> HubSpec:
         if self.push != "never" and (self.repo_id is None or self.license is None):
             raise refuse(f"push: {self.push} needs a repo_id and a license (of the weights, for the model card)")
+        if self.repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo_id):
+            raise refuse(f"repo_id {self.repo_id!r} is no repository on the Hub; expected ORG/NAME")
         return self
 
 
@@ -701,6 +705,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _validate(values: dict[str, Any], path: Path) -> Recipe:
+    for key, value in _flatten(values):
+        if redact(text := str(value)) != text:  # the recipe is copied into the run and its models
+            raise UserError(
+                f"recipe {path}: {key} holds a key or a password; take it out, and log in (hf auth login) or set "
+                "it in the environment (HF_TOKEN, WANDB_API_KEY)"
+            )
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

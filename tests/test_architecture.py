@@ -24,7 +24,7 @@ LEAVES = {
 }
 ALLOWED = {
     "schema": set(),
-    "recipe": {"schema", "run_record"},  # its resolved copy is one of the files of a run
+    "recipe": {"schema", "redaction", "run_record"},  # its resolved copy is one of the files of a run
     "run_record": {"schema"},
     "launch": {"schema"},
     "redaction": set(),

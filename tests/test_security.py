@@ -1,6 +1,7 @@
 """What comes from users, the Hub and data is never executed, never leaks a key, and carries no header along."""
 
 import ast
+import base64
 import errno
 import io
 import os
@@ -9,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from huatuo_vision.inputs.images import load_image
+from huatuo_vision.evaluation.endpoint import data_uri
+from huatuo_vision.inputs.images import load_image, without_headers
 from huatuo_vision.redaction import redact
 from huatuo_vision.schema import ImageRef
 
@@ -135,6 +138,45 @@ def test_a_loaded_picture_carries_no_header_into_what_is_saved_of_it(kind):
         saved = io.BytesIO()
         picture.save(saved, saved_as)
         assert b"PATIENT" not in saved.getvalue(), saved_as
+
+
+def jpeg_with_more(**options) -> bytes:
+    """Coded in several scans or with restarts, a comment before its last scan or its end, and more behind its end."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90, **options)
+    encoded = buffer.getvalue()
+    at = encoded.rindex(b"\xff\xda") if options.get("progressive") else encoded.rindex(b"\xff\xd9")
+    return encoded[:at] + b"\xff\xfe\x00\x0ePATIENT NAME" + encoded[at:] + b"PATIENT NAME"
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        with_headers("JPEG"),
+        with_headers("PNG"),
+        with_headers("PNG") + b"PATIENT NAME",
+        jpeg_with_more(),
+        jpeg_with_more(progressive=True),
+        jpeg_with_more(restart_marker_blocks=2),
+    ],
+    ids=["jpeg", "png", "png and more", "jpeg and more", "progressive", "restarts"],
+)
+def test_a_file_is_kept_and_sent_without_its_headers(encoded):
+    """As the data builder keeps it and an endpoint is sent it: the same pixels and nothing else."""
+    ref = ImageRef(data=encoded)
+    kept, _ = without_headers(encoded)
+    for data in (kept, base64.b64decode(data_uri(ref, "x").partition(",")[2])):
+        assert b"PATIENT" not in data and len(data) < len(encoded)
+        assert load_image(ImageRef(data=data), "x").image.tobytes() == load_image(ref, "x").image.tobytes()
+
+
+def test_a_file_of_an_odd_layout_is_not_kept_as_it_is():
+    encoded = jpeg_with_more()
+    at = encoded.index(b"\xff\xda")
+    assert without_headers(encoded[:at] + b"\x00" + encoded[at:]) is None
+    assert without_headers(encoded[: at + 40]) is None
+    assert without_headers(b"GIF89a") is None
 
 
 # Pages

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 
 import imagehash
 import numpy as np
@@ -12,13 +11,11 @@ from PIL import Image
 
 from data.sources.dicom import windowed
 from data.tables import StoredImage
-from huatuo_vision.inputs.images import DECODE_ERRORS, HIGH_DEPTH_MODES, MAX_IMAGE_PIXELS, load_image
+from huatuo_vision.inputs.images import DECODE_ERRORS, HIGH_DEPTH_MODES, MAX_IMAGE_PIXELS, load_image, without_headers
 from huatuo_vision.schema import BadSample, ImageRef
 
 # Of the perceptual hashes: 16 x 16 and 8 x 8 bits.
 _FINE, _COARSE = 16, 8
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
 def store_encoded(data: bytes, owner: str) -> tuple[StoredImage, tuple[str, ...]]:
@@ -29,11 +26,8 @@ def store_encoded(data: bytes, owner: str) -> tuple[StoredImage, tuple[str, ...]
     """
     loaded = load_image(ImageRef(data=data), owner)
     refuse_blank(loaded.image, owner)
-    if not loaded.notes:
-        if data.startswith(_JPEG):
-            return _stored(loaded.image, _pixels_of_jpeg(data), "jpg"), ()
-        if data.startswith(_PNG):
-            return _stored(loaded.image, _pixels_of_png(data), "png"), ()
+    if not loaded.notes and (kept := without_headers(data)) is not None:
+        return _stored(loaded.image, *kept), ()
     return store_pixels(loaded.image), loaded.notes
 
 
@@ -83,34 +77,3 @@ def _grey_if_grey(image: Image.Image) -> Image.Image:
         return image
     red, green, blue = image.split()
     return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
-
-
-def _pixels_of_jpeg(data: bytes) -> bytes:
-    """The file without comments and application segments (EXIF with its places and names, thumbnails, editors' XML).
-
-    Adobe's segment stays: it says how the colours are coded.
-    """
-    kept, at = [data[:2]], 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], struct.unpack(">H", data[at + 2 : at + 4])[0]
-        if marker == 0xFF:  # padding
-            at += 1
-            continue
-        if marker == 0xDA:  # the pixels begin
-            break
-        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
-            kept.append(data[at : at + 2 + length])
-        at += 2 + length
-    return b"".join([*kept, data[at:]])
-
-
-def _pixels_of_png(data: bytes) -> bytes:
-    kept, at = [_PNG], len(_PNG)
-    while at + 12 <= len(data):
-        length, kind = struct.unpack(">I4s", data[at : at + 8])
-        if kind in _PNG_PIXEL_CHUNKS:
-            kept.append(data[at : at + 12 + length])
-        at += 12 + length
-        if kind == b"IEND":
-            break
-    return b"".join(kept)

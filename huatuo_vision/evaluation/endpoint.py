@@ -27,7 +27,7 @@ from huatuo_vision.evaluation.answers import progress_bar, response_of
 from huatuo_vision.evaluation.protocols import Protocol
 from huatuo_vision.evaluation.responses import append, finished
 from huatuo_vision.evaluation.rows import Row
-from huatuo_vision.inputs.images import load_image, read_encoded
+from huatuo_vision.inputs.images import load_image, read_encoded, without_headers
 from huatuo_vision.openai_endpoint import FATAL, NotAnAnswer, complete, connect, explained, host_of
 from huatuo_vision.schema import ImageRef, UserError, escape_placeholder
 
@@ -36,8 +36,6 @@ RESPONSES_FILE = "responses.endpoint.jsonl"
 MAX_RETRIES = 5
 TIMEOUT = openai.Timeout(300.0, connect=10.0)  # seconds; a row of 256 tokens may wait behind others for minutes
 
-# Formats that every endpoint reads, by their first bytes.
-_SENT_AS_THEY_ARE = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 Item = TypeVar("Item")
 
@@ -102,18 +100,19 @@ def messages_of(row: Row, protocol: Protocol, *, blind: bool) -> list[dict[str, 
 
 
 def data_uri(ref: ImageRef, row_id: str) -> str:
-    """An upright RGB or grey JPEG or PNG as it is stored; whatever else as a PNG of the pixels our own model sees.
+    """An upright RGB or grey JPEG or PNG with its pixels as they are stored; whatever else as a PNG of the pixels our
+    own model sees. No header goes along: it may name a patient.
 
     Endpoints can't be trusted with the rest: most refuse TIFF, and 16-bit radiographs come out white.
     """
     loaded = load_image(ref, row_id)
-    encoded = read_encoded(ref, row_id)
-    kind = next((kind for start, kind in _SENT_AS_THEY_ARE.items() if encoded.startswith(start)), None)
-    if kind is None or loaded.notes:
+    kept = None if loaded.notes else without_headers(read_encoded(ref, row_id))
+    if kept is None:
         png = io.BytesIO()
         loaded.image.save(png, format="PNG")
-        kind, encoded = "image/png", png.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
+        kept = png.getvalue(), "png"
+    encoded, kind = kept
+    return f"data:image/{kind.replace('jpg', 'jpeg')};base64,{base64.b64encode(encoded).decode()}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -265,6 +267,57 @@ class _Archive:
 def _open_archive(path: str, size: int, mtime_ns: int, pid: int) -> _Archive:
     # Anew for an archive that was replaced, and in each process: a handle kept over fork shares its file offset.
     return _Archive(path)
+
+
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+# The first marker after a scan: in its coded pixels FF is followed by 00, or by D0 to D7 where decoding may restart.
+_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+
+
+def without_headers(encoded: bytes) -> tuple[bytes, Literal["jpg", "png"]] | None:
+    """A JPEG or PNG file with its pixels as they are encoded and nothing else: no EXIF with its places and names, no
+    comments, thumbnails and editors' XML, nothing behind its end. None for other formats, and for what is laid out so
+    oddly that this is not certain. The file decodes in full (`load_image`)."""
+    if encoded.startswith(_JPEG):
+        pixels = _pixels_of_jpeg(encoded)
+        return None if pixels is None else (pixels, "jpg")
+    return (_pixels_of_png(encoded), "png") if encoded.startswith(_PNG) else None
+
+
+def _pixels_of_jpeg(encoded: bytes) -> bytes | None:
+    kept, at = [encoded[:2]], 2
+    while encoded[at : at + 1] == b"\xff":
+        marker = encoded[at + 1] if at + 1 < len(encoded) else 0
+        if marker == 0xFF:  # padding
+            at += 1
+            continue
+        if marker == 0xD9:
+            return b"".join([*kept, b"\xff\xd9"])
+        length = int.from_bytes(encoded[at + 2 : at + 4], "big")
+        # Of the application segments, JFIF's and Adobe's say how the colours are coded.
+        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
+            kept.append(encoded[at : at + 2 + length])
+        at += 2 + length
+        if marker == 0xDA:
+            following = _AFTER_SCAN.search(encoded, at)
+            if following is None:
+                return None
+            kept.append(encoded[at : following.start()])
+            at = following.start()
+    return None
+
+
+def _pixels_of_png(encoded: bytes) -> bytes:
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(encoded):
+        length, kind = struct.unpack(">I4s", encoded[at : at + 8])
+        if kind in _PNG_PIXEL_CHUNKS:
+            kept.append(encoded[at : at + 12 + length])
+        at += 12 + length
+        if kind == b"IEND":
+            break
+    return b"".join(kept)
 
 
 def _refusal(sample_id: str, ref: ImageRef, reason: str, explanation: str) -> BadSample:
