@@ -190,6 +190,7 @@ def _draw_balance(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["text.parse_math"] = False  # of others' names with dollars in them
     from matplotlib import pyplot
 
     labels = sorted(counts["before"], key=lambda label: -counts["before"][label])
@@ -221,6 +222,7 @@ def _draw_labels(counted: Mapping[str, Counter], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["text.parse_math"] = False  # of others' names with dollars in them
     from matplotlib import pyplot
 
     sides = (("modality", counted["modality"]), ("body part", counted["body_part"]))

@@ -185,6 +185,7 @@ def plot_differences(results: Mapping[str, Any], target: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # of others' names with dollars in them
     from matplotlib import pyplot
 
     labels = [label for label in results["benchmarks"][next(iter(results["benchmarks"]))]["rows"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -60,6 +61,22 @@ def test_rates_and_differences_are_those_of_the_answers(summary):
     assert versus["ci95_seeds"] == pytest.approx([-0.225 - reach, -0.225 + reach], abs=1e-4)
     assert rows["tiny"]["blind"] == {"accuracy": pytest.approx(11 / 40), "gain": pytest.approx(0.525 - 11 / 40)}
     assert rows["longer"]["blind"] is None
+
+
+def test_names_of_others_are_text_in_every_report(summary, tmp_path):
+    hostile = "</script><img src=x onerror=alert(1)>|$x_{$ [/red]"
+    rows = summary["benchmarks"]["phantom"]["rows"]
+    rows[hostile] = rows.pop("longer")
+    summary |= {"title": hostile, "note": hostile}
+    summary["benchmarks"]["phantom"] |= {"title": hostile, "note": hostile}
+    report.write_reports(tmp_path, summary)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text()
+        assert "<img src=x" not in text and "&lt;img src=x" in text, name
+    assert (tmp_path / "differences.png").stat().st_size > 10_000
+    console = Console(record=True, width=200, file=io.StringIO())
+    report.show(summary, tmp_path, console)
+    assert "[/red]" in console.export_text()
 
 
 def test_answers_of_the_seeds_to_one_question_count_together(summary):

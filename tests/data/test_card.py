@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("datatrove")
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
+from data import card
 from data.assemble import STAGE, assemble_pass
 from data.card import write_card
 from data.config import BuildConfig
@@ -106,3 +108,11 @@ def test_hostile_text_cannot_leave_its_cell(tmp_path: Path, field: str) -> None:
     assert "<script>" not in text and "&lt;script&gt;" in text
     assert all("second line" not in line or line.startswith("| ") for line in text.splitlines())
     assert not re.search(r"(?<!\\)\]\(javascript", text)
+
+
+def test_labels_of_the_data_are_drawn_as_they_stand(tmp_path):
+    """matplotlib would read what stands between two dollars as TeX, and stop where it is none."""
+    labels = Counter({"$x_{$": 3, "CT": 1})
+    card._draw_labels({"modality": labels, "body_part": labels}, tmp_path / "labels.png")
+    card._draw_balance({"before": labels, "after": labels}, tmp_path / "balance.png")
+    assert all((tmp_path / name).stat().st_size > 5_000 for name in ("labels.png", "balance.png"))
