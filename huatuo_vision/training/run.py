@@ -131,12 +131,16 @@ class _only_run_in:
     def __enter__(self) -> None:
         if self.is_main_process:
             out = self.out.resolve()  # one lock, whatever the folder is called
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
+            if out.is_file():
+                raise UserError(f"--out {self.out} is a file; name a folder")
             try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                self.lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
                 self.lock.acquire()
             except Timeout:
                 raise UserError(f"another run is writing to {self.out}; wait for it, or choose another --out") from None
+            except OSError as error:
+                raise UserError(f"--out {self.out} cannot be written ({error.strerror}); choose another") from None
 
     def __exit__(self, *_: Any) -> None:
         if self.is_main_process:

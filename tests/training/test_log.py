@@ -11,6 +11,7 @@ from huatuo_vision.run_record import read_record, write_json
 from huatuo_vision.schema import UserError
 from huatuo_vision.training.console import ProgressLog
 from huatuo_vision.training.log import plot_losses, read_log
+from huatuo_vision.training.run import _only_run_in
 from tests.training.conftest import TINY
 
 
@@ -62,3 +63,22 @@ def test_a_damaged_record_is_named(tmp_path):
     Path.write_bytes(tmp_path / "run.json", b"")
     with pytest.raises(UserError, match=r"run\.json is damaged.*--fresh"):
         read_record(tmp_path)
+
+
+def test_one_run_in_a_folder_whatever_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path / "run")
+    with _only_run_in(tmp_path / "run", is_main_process=True):
+        for other in (tmp_path / "run", tmp_path / "link", tmp_path / "x/../run", Path(), Path("../run")):
+            with pytest.raises(UserError, match="another run is writing"), _only_run_in(other, is_main_process=True):
+                pass
+    with _only_run_in(tmp_path / "link", is_main_process=True):
+        pass
+
+
+def test_a_run_folder_that_cannot_be_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for out, said in ((tmp_path / "file", "is a file"), (tmp_path / "file/run", "cannot be written")):
+        with pytest.raises(UserError, match=said), _only_run_in(out, is_main_process=True):
+            pass
