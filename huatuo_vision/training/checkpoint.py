@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
@@ -39,7 +40,7 @@ def seal(phase_folder: Path, step: int, *, elapsed_seconds: float, world_size: i
     written = staging_folder(phase_folder) / f"checkpoint-{step}"
     files = sorted(path for path in written.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(_sha256, files))
+        hashes = list(pool.map(_sha256_and_sync, files))
     manifest = Manifest(
         step=step,
         elapsed_seconds=elapsed_seconds,
@@ -53,12 +54,12 @@ def seal(phase_folder: Path, step: int, *, elapsed_seconds: float, world_size: i
     write_json(written / MANIFEST, manifest.model_dump())
     published = phase_folder / f"checkpoint-{step}"
     shutil.rmtree(published, ignore_errors=True)  # an earlier one of this step that failed its check
-    # After a power cut a name may be there without what it names, unless the disk was waited for. The older
+    # After a power cut a name may be there without what it names, unless the disk was waited for; and the older
     # checkpoints are removed next.
-    for path in (*files, *(path for path in written.rglob("*") if path.is_dir()), written):
-        _sync(path)
+    for folder in (*(path for path in written.rglob("*") if path.is_dir()), written):
+        _sync_folder(folder)
     os.replace(written, published)
-    _sync(phase_folder)
+    _sync_folder(phase_folder)
     shutil.rmtree(staging_folder(phase_folder))
     return published
 
@@ -131,9 +132,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def _sha256_and_sync(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # some network file systems know no such thing
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
