@@ -109,7 +109,10 @@ def run_phase(
     progress.attach(trainer, resumed_step=step_of(checkpoint) if checkpoint else 0)
     if checkpoint is not None:
         trainer.elapsed_before = read_manifest(checkpoint).elapsed_seconds
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()  # or a terminal would stay without its cursor after an error
     if trainer.state.global_step < trainer.state.max_steps:
         place = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
         raise Stopped(f"stopped: {name} is saved at {place}; the same command goes on from there")

@@ -186,10 +186,12 @@ def test_a_full_disk_costs_no_checkpoint_and_the_same_command_goes_on(launcher, 
     assert largest_difference(finished / "final", out / "final") == 0
 
 
-def test_a_step_that_is_not_finite_is_not_applied(launcher, tmp_path):
+def test_a_step_that_is_not_finite_is_not_applied(launcher, tmp_path, monkeypatch):
     out = tmp_path / "nan"
+    monkeypatch.setenv("FORCE_COLOR", "1")
     done = launcher.run(out, "--set", "phases.align.train.projector.lr=1e38", code=2)
     sentence = " ".join(done.stderr.split())
+    assert done.stdout.rindex("\x1b[?25h") > done.stdout.rindex("\x1b[?25l"), "the terminal has its cursor back"
     # The first step warms up at zero, the second runs away, the third shows it.
     assert "optimizer step 3 of align is not finite" in sentence
     assert "Alignment_VQA_" in sentence
@@ -200,8 +202,6 @@ def test_a_step_that_is_not_finite_is_not_applied(launcher, tmp_path):
 
 
 def test_another_recipe_in_the_same_folder_is_refused_and_fresh_starts_over(launcher, finished, tmp_path):
-    import shutil
-
     out = tmp_path / "again"
     shutil.copytree(finished, out)
     done = launcher.run(out, "--set", "phases.align.epochs=2", code=2)
