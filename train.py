@@ -76,11 +76,10 @@ def push(recipe: Recipe, out: Path, phases: list[str], final: Path | None, conso
             license=recipe.hub.license,
         )
         if pushed.ok:
-            console.print(f"pushed       {folder} to {recipe.hub.repo_id}@{revision}: {pushed.url}", markup=False)
+            said = escape(f"pushed       {folder} to {recipe.hub.repo_id}@{revision}: {pushed.url}")
         else:
-            console.print(
-                "[red]not pushed[/red]:", escape(f"{pushed.error}\n  try again: {pushed.redo_command}"), highlight=False
-            )
+            said = f"[red]not pushed[/red]: {escape(pushed.error)}\n  try again: {escape(pushed.redo_command)}"
+        console.print(said, highlight=False, soft_wrap=True)  # a command is one line
 
 
 if __name__ == "__main__":
