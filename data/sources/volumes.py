@@ -172,6 +172,7 @@ def _load(files: FolderFiles, path: str, name: str) -> tuple[np.ndarray, int]:
 
     broken = (OSError, EOFError, ValueError, OverflowError, zlib.error)
     broken += (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
+    broken += (nibabel.wrapstruct.WrapStructError,)  # too short for a header
     try:
         data = files.read(path)
         packed = data[:2] == b"\x1f\x8b"
@@ -194,6 +195,7 @@ def _oriented(image: Any, name: str) -> tuple[np.ndarray, int]:
     """Raises BadSample: not_a_volume."""
     import nibabel
 
+    image = nibabel.squeeze_image(image)  # of (X, Y, Z, 1)
     if len(image.shape) == 2:
         raise BadSample(name, "not_a_volume", "the NIfTI file holds a single picture; store it as PNG in kind: pairs")
     if len(image.shape) != 3:
@@ -227,7 +229,7 @@ def _mask(files: FolderFiles, path: str, name: str, shape: tuple[int, ...]) -> n
                 if values.shape != shape:
                     said = f"{mask} has the shape {values.shape}, its volume {shape}"
                     raise BadSample(name, "mask_mismatch", f"{said}; both must be of one grid")
-                return values != 0
+                return np.nan_to_num(values) != 0
     return None
 
 

@@ -206,6 +206,16 @@ def test_volumes_of_one_slice_and_masks_without_a_lesion_are_counted(tmp_path: P
     assert notes(run) == {"volumes": 2, "empty_masks": 1, "volumes_of_one_slice": 1}
 
 
+def test_a_fourth_axis_of_one_is_none_and_no_number_is_no_lesion(tmp_path: Path) -> None:
+    values = marked_volume()
+    mask = np.full(values.shape, np.nan)
+    mask[3:6, 4:7, 2] = 1
+    nifti(tmp_path / "s/v.nii", values[..., None])
+    nifti(tmp_path / "s/v_mask.nii", mask[..., None])
+    run = ingest(tmp_path / "run", tmp_path / "s", kind="volumes", slices=9, **OPEN)
+    assert list(rows(run)) == ["v_0002"] and notes(run) == {"volumes": 1, "volumes_with_lesions": 1}
+
+
 def test_what_is_no_volume_is_counted_by_its_name(tmp_path: Path) -> None:
     values = marked_volume()
     nifti(tmp_path / "s/four.nii", values[..., None].repeat(2, -1))
@@ -215,12 +225,12 @@ def test_what_is_no_volume_is_counted_by_its_name(tmp_path: Path) -> None:
     nifti(tmp_path / "s/nan.nii", values * np.nan)
     colours = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     pytest.importorskip("nibabel").Nifti1Image(colours, np.eye(4)).to_filename(tmp_path / "s/colours.nii")
-    put(tmp_path / "s", {"broken.nii.gz": b"\x1f\x8b no gzip", "text.nii": b"x" * 400, "d/a.dcm": b"no dicom"})
+    put(tmp_path / "s", {"broken.nii.gz": b"\x1f\x8b no gzip", "text.nii": b"x" * 400, "d/a.dcm": b"no dicom", "empty.nii": b""})
     put(tmp_path / "s", {"lesions.csv": b"volume,slice\noutside.nii,9\n"})
     run = ingest(tmp_path / "run", tmp_path / "s", kind="volumes", **OPEN)
     assert reasons(run) == {
         "broken": "unreadable_volume", "four": "not_a_volume", "mismatch": "mask_mismatch", "outside": "lesion_outside",
-        "text": "unreadable_volume", "d": "unreadable_volume", "nan": "not_a_volume", "colours": "not_a_volume",
+        "text": "unreadable_volume", "d": "unreadable_volume", "nan": "not_a_volume", "colours": "not_a_volume", "empty": "unreadable_volume",
     }  # fmt: skip
     assert rows(run) == {}
 
