@@ -70,9 +70,9 @@ def dry_run(recipe: Recipe, phases: Sequence[str], console: Console) -> None:
         console.print(_cost_table(recipe, shape, plans))
         basis = "Rows as read or declared, lengths ASSUMED (inputs/assumed_lengths.yaml). " if absent else ""
         console.print(
-            f"{basis}Parameters without norms and biases, some 0.1 % more. GPU-hours at {ASSUMED_MFU:.0%} MFU of {ASSUMED_PEAK / 1e12:.0f} TFLOP/s (H100/H200, bf16). Memory "
-            f"is an estimate for {sharding} on {processes} process(es), before the allocator's own; the formula stands "
-            "at huatuo_vision.model.flops.memory_estimate.",
+            f"{basis}Parameters without norms and biases, some 0.1 % more. GPU-hours at {ASSUMED_MFU:.0%} MFU of "
+            f"{ASSUMED_PEAK / 1e12:.0f} TFLOP/s (H100/H200, bf16). Memory is an estimate for {sharding} on {processes} "
+            "process(es), before the allocator's own; the formula stands at huatuo_vision.model.flops.memory_estimate.",
             style="dim",
         )
         for name, data in prepared.items():

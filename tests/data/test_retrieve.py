@@ -90,6 +90,14 @@ def test_a_row_never_finds_itself_its_case_or_its_picture(tmp_path: Path) -> Non
     assert found(run, 1) == {}  # what people described needs no evidence
 
 
+def test_one_case_under_two_names_is_one_case(tmp_path: Path) -> None:
+    rows = [asking(1, article="deck-case19250"), row(2, article="eurorad-19250"), row(3, article="eurorad-19251")]
+    run = retrieved(tmp_path / "one", rows)
+    assert found(run) == {"PMC1.1-f1": ["PMC3.1-f1"]}
+    overlap = {"id": "gone", "article": "copy-case19251", "reason": "evaluation_image", "detail": "slake-en:1"}
+    assert found(retrieved(tmp_path / "held-out", rows, overlaps=(overlap,))) == {}
+
+
 def test_a_row_that_nobody_described_is_no_evidence(tmp_path: Path) -> None:
     run = retrieved(tmp_path, [asking(1), asking(2, caption=OTHER), row(3, caption=OTHER)])
     assert found(run) == {"PMC1.1-f1": ["PMC3.1-f1"], "PMC2.1-f1": ["PMC3.1-f1"]}

@@ -225,12 +225,16 @@ def test_what_is_no_volume_is_counted_by_its_name(tmp_path: Path) -> None:
     nifti(tmp_path / "s/nan.nii", values * np.nan)
     colours = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     pytest.importorskip("nibabel").Nifti1Image(colours, np.eye(4)).to_filename(tmp_path / "s/colours.nii")
-    put(tmp_path / "s", {"broken.nii.gz": b"\x1f\x8b no gzip", "text.nii": b"x" * 400, "d/a.dcm": b"no dicom", "empty.nii": b""})
+    put(
+        tmp_path / "s",
+        {"broken.nii.gz": b"\x1f\x8b no gzip", "text.nii": b"x" * 400, "d/a.dcm": b"no dicom", "empty.nii": b""},
+    )
     put(tmp_path / "s", {"lesions.csv": b"volume,slice\noutside.nii,9\n"})
     run = ingest(tmp_path / "run", tmp_path / "s", kind="volumes", **OPEN)
     assert reasons(run) == {
         "broken": "unreadable_volume", "four": "not_a_volume", "mismatch": "mask_mismatch", "outside": "lesion_outside",
-        "text": "unreadable_volume", "d": "unreadable_volume", "nan": "not_a_volume", "colours": "not_a_volume", "empty": "unreadable_volume",
+        "text": "unreadable_volume", "d": "unreadable_volume", "nan": "not_a_volume", "colours": "not_a_volume",
+        "empty": "unreadable_volume",
     }  # fmt: skip
     assert rows(run) == {}
 
