@@ -134,10 +134,15 @@ def read_guidelines(settings: Guidelines, counts: Counter[str]) -> Iterator[tupl
                 if not line.strip():
                     continue
                 counts["guidelines"] += 1
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    raise ValueError(f"line {number} is not JSON") from None
                 if missing := [key for key in _KEYS if not isinstance(row, dict) or key not in row]:
                     raise ValueError(f"line {number} has no {missing[0]}")
-                text = folded(str(row["clean_text"] or ""))
+                if row["id"] is None:
+                    raise ValueError(f"line {number} has an empty id")
+                text = folded(row["clean_text"]) if isinstance(row["clean_text"], str) else ""
                 if not text:
                     counts["without_text"] += 1
                 elif str(row["id"]) in seen:

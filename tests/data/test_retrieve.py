@@ -161,10 +161,11 @@ def test_guidelines_are_cut_counted_and_found(tmp_path: Path) -> None:
         {"id": "b", "source": "who", "title": "Soap", "clean_text": "Rashes of the forearm go away."},
         {"id": "c", "source": "who", "title": "Empty", "clean_text": "  \n"},
         {"id": "d", "source": "who", "title": "None", "clean_text": None},
+        {"id": "e", "source": "who", "title": "No number", "clean_text": float("nan")},
         {"id": "a", "source": "who", "title": "Twice", "clean_text": "again"},
     ).model_copy(update={"chunk_words": 10})
     run = retrieved(tmp_path / "run", [asking(1)], guidelines=texts, top_k={"guidelines": 2, "cases": 1})
-    assert report(run) == {"guidelines": 5, "without_text": 2, "repeated_id": 1, "chunks": 4}
+    assert report(run) == {"guidelines": 6, "without_text": 3, "repeated_id": 1, "chunks": 4}
     first, second = evidence_of(run, 0)["PMC1.1-f1"]
     assert first.kind == "guideline" and {first.id, second.id} <= {"a#0", "a#1", "a#2"}
     assert first.title == "Cysts of the liver" and first.licence == "CC-BY-4.0" and first.image_ids == ()
@@ -204,7 +205,8 @@ def test_a_chunk_that_quotes_an_evaluation_question_is_no_evidence(tmp_path: Pat
     [
         (None, "can't be read"),
         ('{"id": 1, "title": "x"}\n', "line 1 has no clean_text"),
-        ("no json\n", "expected JSON Lines"),
+        ('{"id": null, "title": "x", "clean_text": "y"}\n', "line 1 has an empty id"),
+        ('{"id": 1, "title": "x", "clean_text": "y"}\nno json\n', "line 2 is not JSON; expected JSON Lines"),
         ('{"id": 1, "title": "x", "clean_text": ""}\n', "none of the 1 guidelines"),
     ],
 )

@@ -303,6 +303,7 @@ def test_a_source_that_is_not_there_is_one_sentence(tmp_path: Path, sources: dic
     [
         ({"kind": "pairs", "sources": {"x": {"folder": "x"}}}, "kind stands beside sources"),
         ({"sources": {"a b": {"folder": "x"}}}, "a name is of letters"),
+        ({"sources": {"x": {"kind": "volumes", "folder": "x", "window": [50, -1]}}}, "greater than 0"),
         ({"sources": {"x": {"folder": "x", "kind": "pairs", "modality": "CT"}}}, "modality is 'CT'"),
         ({"sources": {"x": {"folder": "x", "foldr": "y"}}}, "foldr"),
     ],
