@@ -73,12 +73,13 @@ def test_what_is_wrong_with_a_case_is_counted(tmp_path: Path) -> None:
         "c6/case.json": case(figures=[{"images": ["../c1/case.json"]}]),
         "c7/case.json": case(figures=[{"images": ["a.png"]}]),
         "c7/a.png": picture(3),
+        "c8/case.json": b"[" * 100_000,
     }
     put(tmp_path / "s", files)
     run = ingest(tmp_path / "run", tmp_path / "s", kind="cases", **OPEN)
     assert reasons(run) == {
         "c1": "broken_case", "c2": "broken_case", "c3_1": "malformed_row", "c4_1": "no_text", "c5_1": "missing_image",
-        "c6_1": "unsafe_path",
+        "c6_1": "unsafe_path", "c8": "broken_case",
     }  # fmt: skip
     assert list(rows(run)) == ["c7_1"]
     unlicensed = ingest(tmp_path / "other", tmp_path / "s", kind="cases")
@@ -256,10 +257,18 @@ def test_a_series_is_put_in_order_by_position_and_marks_name_its_slices(tmp_path
     assert abs(bright[0] - bright[1]) < 0.1 * bright[0]
 
 
-def test_a_file_of_marks_of_another_form_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"volume,slice\nv.nii,first\n", "lesions.csv, line 2"),
+        (b"volume,slice\nv\xe9.nii,1\n", "lesions.csv is not UTF-8"),
+        (b"volume,slice\nv,1\nw,2\n", "names 'v' and 1 others, none of which is beside it"),
+    ],
+)
+def test_a_file_of_marks_of_another_form_is_one_sentence(tmp_path: Path, content: bytes, expected: str) -> None:
     nifti(tmp_path / "s/v.nii", marked_volume())
-    put(tmp_path / "s", {"lesions.csv": b"volume,slice\nv.nii,first\n"})
-    with pytest.raises(UserError, match="lesions.csv, line 2"):
+    put(tmp_path / "s", {"lesions.csv": content})
+    with pytest.raises(UserError, match=expected):
         ingest(tmp_path / "run", tmp_path / "s", kind="volumes", **OPEN)
 
 
