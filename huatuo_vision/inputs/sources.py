@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import stat
 import uuid
 import zipfile
@@ -54,6 +55,7 @@ ROW_SCHEMA = pa.schema(
 FEW_FILES = 200
 BATCH_BYTES = 4 * 2**20
 ROWS_AT_A_TIME = 256
+_ODD_PART = re.compile(r"[/\n]\.{0,2}(?=[/\n])")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MEMBER_SCHEMA = pa.schema(
     [
@@ -186,7 +188,10 @@ class ImageFinder:
         if self.root is None:
             return [("missing", "")] * len(names)
         folders: dict[str, set[str] | None] = {}
-        stamps = [self._file_stamp(name, folders) for name in names]
+        if self._none_is_a_file(names, folders):
+            stamps: list[tuple[str, str] | None] = [None] * len(names)
+        else:
+            stamps = [self._file_stamp(name, folders) for name in names]
         elsewhere = [position for position, stamp in enumerate(stamps) if stamp is None]
         for position, member in zip(elsewhere, self._members([names[p] for p in elsewhere]), strict=True):
             stamps[position] = ("missing" if member is None else f"{member.crc}:{member.size}", "")
@@ -195,6 +200,16 @@ class ImageFinder:
     def _paths(self, name: str) -> tuple[str, ...]:
         path = f"{self.root}/{name}"
         return (path, f"{self.root}/{name.rpartition('/')[2]}") if self.by_basename else (path,)
+
+    def _none_is_a_file(self, names: Sequence[str], folders: dict[str, set[str] | None]) -> bool:
+        """Whether folders that hold few files, and none of these, tell so at once, as beside archives."""
+        if not _all_plain(names):
+            return False
+        paths = {path for name in names for path in self._paths(name)}
+        for folder in {path.rpartition("/")[0] for path in paths}:
+            folders[folder] = _listing(folder)
+        listings = [f"{folder}/{basename}" for folder, there in folders.items() for basename in there or ()]
+        return None not in folders.values() and paths.isdisjoint(listings)
 
     def _file_stamp(self, name: str, folders: dict[str, set[str] | None]) -> tuple[str, str] | None:
         if _leaves_its_folder(name):
@@ -218,7 +233,7 @@ class ImageFinder:
         """Of each name, the member that it means; None where the archives hold none."""
         if self.members is None or not names:
             return [None] * len(names)
-        given = [os.path.normpath(name) for name in names]
+        given = list(names) if _all_plain(names) else [os.path.normpath(name) for name in names]
         basenames = [name.rpartition("/")[2] for name in given]
         table = _map_table(self.members)
         order = table["basename_hash"].chunk(0).to_numpy()
@@ -233,9 +248,15 @@ class ImageFinder:
         found = list(map(_Member, *(rows[key].to_pylist() for key in ("basename", "archive", "member", "crc", "size"))))
         ends = ends.tolist()
         return [
-            self._meant(name, basename, found[begin:end])
+            # Almost every name in a million has one candidate, its own.
+            found[begin]
+            if end - begin == 1 and self._is_meant(name, basename, found[begin])
+            else self._meant(name, basename, found[begin:end])
             for name, basename, begin, end in zip(given, basenames, [0, *ends], ends, strict=False)
         ]
+
+    def _is_meant(self, name: str, basename: str, member: _Member) -> bool:
+        return member.basename == basename and (self.by_basename or f"/{member.name}".endswith(f"/{name}"))
 
     def _meant(self, name: str, basename: str, found: Sequence[_Member]) -> _Member | None:
         """found: those whose basename has the same hash."""
@@ -527,6 +548,11 @@ def _listing(folder: str) -> set[str] | None:
     except (OSError, ValueError):
         return set()
     return names if len(names) <= FEW_FILES else None
+
+
+def _all_plain(names: Sequence[str]) -> bool:
+    """Whether no name is absolute or has an empty part, `.` or `..`: none leaves its folder, none can be shortened."""
+    return _ODD_PART.search("\n".join(["", *names, ""])) is None
 
 
 def _leaves_its_folder(name: str) -> bool:

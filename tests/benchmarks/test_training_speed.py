@@ -7,11 +7,14 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from transformers import LlavaConfig
 
-from benchmarks import training_speed
+from benchmarks import step_profile, training_speed
 from benchmarks.planning_speed import measure
 from benchmarks.samples import make_samples
 from benchmarks.training_speed import BATCH, build_workload, ratios
+from huatuo_vision.model.flops import ModelShape, step_flops
+from huatuo_vision.recipe import TrainSpec
 from tests.test_architecture import ROOT
 
 
@@ -49,6 +52,19 @@ def test_grouped_batches_are_compared_with_ours_on_grouped_batches(tiny_model, t
     result = run(tmp_path / "out", "ours", "grouped")
     assert result["sides"]["ours"]["losses"] != result["sides"]["grouped"]["losses"]
     assert result["loss_difference"]["grouped"] <= training_speed.TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_profile_counts_every_matrix_product_of_the_steps(tiny_model, tmp_path):
+    found, flops = step_profile.profile_steps("single", 2, tmp_path / "out")
+    assert set(found) == {*step_profile.GROUPS, step_profile.OTHER} and min(found.values()) > 0
+
+    workload = build_workload("single", tmp_path / "out" / "samples" / "rows.json", tmp_path / "same", steps=2, seed=0)
+    rows = np.concatenate(workload.random)
+    size = {"tokens": workload.tokens[rows].sum(), "targets": workload.targets[rows].sum(), "images": len(rows)}
+    shape = ModelShape.from_config(LlavaConfig.from_pretrained(workload.model))
+    train = TrainSpec(vision_encoder=False, projector={"lr": 1e-3}, language_model={"lr": 1e-3})
+    assert flops == pytest.approx(step_flops(shape, train, **size, squared_lengths=0), rel=0.03)
 
 
 def test_another_loss_is_not_called_equal():

@@ -636,7 +636,11 @@ def test_an_image_name_is_looked_up_the_same_way_alone_and_among_many(folder):
             assert stamp[0] == str(os.path.getsize(found.path)) and stamp[1]
         else:
             assert stamp == ("missing", "")
-    assert [size for size, _ in images.stamps(names)].count("missing") == 4
+    stamps = dict(zip(names, images.stamps(names), strict=True))
+    assert [size for size, _ in stamps.values()].count("missing") == 4
+    # Among plain names of which none is a file, the folders are not asked name by name.
+    archived = names[:1] + names[2:6]
+    assert images.stamps(archived) == [stamps[name] for name in archived]
 
 
 def test_texts_are_those_of_the_samples(folder):
