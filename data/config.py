@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from huatuo_vision.recipe import Strict, first_sentence
@@ -78,7 +78,7 @@ class Source(Strict):
     annotated: bool = Field(
         True, description="whether people described the pictures; else tags, boxes and dates are all there is"
     )
-    window: tuple[float, float] | None = Field(
+    window: tuple[float, PositiveFloat] | None = Field(
         None, description="DICOM, NIfTI and 16-bit pictures: centre and width, in place of the file's own window"
     )
     intercept: float = Field(

@@ -18,7 +18,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +33,7 @@ from datatrove.pipeline.base import PipelineStep
 from PIL import Image
 
 from data.config import Guard, Guidelines, Retrieve
-from data.dedup.guard import EvaluationSets, runs_of_words
+from data.dedup.guard import EvaluationSets, case_keys, runs_of_words
 from data.dedup.stage import contamination
 from data.filters.encoders import encoder_name, shared_encoder
 from data.mllm.requests import Evidence
@@ -134,10 +134,15 @@ def read_guidelines(settings: Guidelines, counts: Counter[str]) -> Iterator[tupl
                 if not line.strip():
                     continue
                 counts["guidelines"] += 1
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    raise ValueError(f"line {number} is not JSON") from None
                 if missing := [key for key in _KEYS if not isinstance(row, dict) or key not in row]:
                     raise ValueError(f"line {number} has no {missing[0]}")
-                text = folded(str(row["clean_text"] or ""))
+                if row["id"] is None:
+                    raise ValueError(f"line {number} has an empty id")
+                text = folded(row["clean_text"]) if isinstance(row["clean_text"], str) else ""
                 if not text:
                     counts["without_text"] += 1
                 elif str(row["id"]) in seen:
@@ -249,7 +254,8 @@ class _Cases:
 @lru_cache(maxsize=1)
 def _cases(run: RunFolder, vectors: str, tasks: int, mark: str) -> _Cases:
     """`mark` is the fingerprint of the vectors' pass: after another run of it, they are read again."""
-    held_out = pa.array(sorted({overlap["article"] for overlap in contamination(run)["overlaps"]}), pa.string())
+    overlaps = contamination(run)["overlaps"]
+    held_out = {key for overlap in overlaps for key in case_keys(overlap["article"], exactly=True)}
     tables: list[pa.Table] = []
     ranks: list[np.ndarray] = []
     found: list[np.ndarray] = []
@@ -347,15 +353,22 @@ class Search(PipelineStep):
                         copied.add(image_id)
 
 
-def may_be_evidence(rows: pa.Table, held_out: pa.Array) -> np.ndarray:
-    """Of which rows: people described them, and neither they nor another row of their case is of an evaluation set."""
-    of_evaluation = pc.or_(pc.is_in(rows["article"], held_out), pc.is_valid(rows["overlaps"]))
-    return pc.and_not(rows["annotated"], of_evaluation).to_numpy()
+def may_be_evidence(rows: pa.Table, held_out: Set[str]) -> np.ndarray:
+    """Of which rows: people described them, and neither they nor another row of their case is of an evaluation set.
+
+    held_out: the keys of such cases.
+    """
+    articles = rows["article"].combine_chunks().dictionary_encode()
+    named = [not held_out.isdisjoint(case_keys(article, exactly=True)) for article in articles.dictionary.to_pylist()]
+    of_evaluation = np.array(named, bool)[articles.indices.to_numpy()] | pc.is_valid(rows["overlaps"]).to_numpy()
+    return rows["annotated"].to_numpy() & ~of_evaluation
 
 
 def same_case(row: Pair, case: Mapping[str, Any]) -> bool:
     same_picture = not set(row.image_ids).isdisjoint(case["image_ids"])
-    return row.id == case["id"] or row.article == case["article"] or same_picture
+    # By their keys: two sources may hold one case, each under a name of its own.
+    of_row, of_case = (set(case_keys(name, exactly=True)) for name in (row.article, case["article"]))
+    return row.id == case["id"] or not of_row.isdisjoint(of_case) or same_picture
 
 
 def _index(vectors: np.ndarray) -> faiss.Index:

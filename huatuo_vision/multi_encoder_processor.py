@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, LlavaImageProcessorPil, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 
 from huatuo_vision.schema import IMAGE_PLACEHOLDER
 
@@ -29,11 +29,9 @@ class MultiEncoderImageProcessor(BaseImageProcessor):
         self.encoders, self.tokens_per_image = list(encoders), tokens_per_image
         self._each = [LlavaImageProcessorPil.from_dict(values) for values in self.encoders]
 
-    def __call__(
-        self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = None, **_: Any
-    ) -> BatchFeature:
-        """pixel_values (N, F); an empty list of images gives (0, F)."""
-        images = [images] if isinstance(images, Image.Image) else list(images)
+    def __call__(self, images: ImageInput, return_tensors: str | None = None, **_: Any) -> BatchFeature:
+        """pixel_values (N, F), of an image, a list of images, or a list of each text's; (0, F) of an empty list."""
+        images = make_flat_list_of_images(images)
         sizes = [3 * own.crop_size["height"] * own.crop_size["width"] for own in self._each]
         pixels = np.empty((len(images), sum(sizes)), dtype=np.float32)
         starts = np.cumsum([0, *sizes])
@@ -43,7 +41,7 @@ class MultiEncoderImageProcessor(BaseImageProcessor):
                 pixels[:, start:end] = made.reshape(len(images), -1)
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
-    def preprocess(self, images: Image.Image | Sequence[Image.Image], **kwargs: Any) -> BatchFeature:
+    def preprocess(self, images: ImageInput, **kwargs: Any) -> BatchFeature:
         return self(images, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +72,7 @@ class MultiEncoderProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Image.Image | Sequence[Image.Image] | None = None,
+        images: ImageInput | None = None,
         text: str | Sequence[str] | None = None,
         return_tensors: str | None = None,
         **kwargs: Any,

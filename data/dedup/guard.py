@@ -55,10 +55,10 @@ def case_keys(text: str, *, exactly: bool = False) -> Iterator[str]:
     """The cases that a text names by collection and number: `https://www.eurorad.org/case/19254`, `eurorad-19254`,
     `.../jamadermatology/fullarticle/2811083`, and of Eurorad also `case19254`, as its copies call their folders.
 
-    exactly: the text itself is a case's name too, as in a column of them.
+    exactly: the text itself is a case's name too, as in a column of them, whatever its capitals.
     """
     if exactly:
-        yield f"={text}"
+        yield f"={text.strip().casefold()}"
     words: list[str] = []
     for token in re.findall(r"[a-z]+|[0-9]+", text.lower()):
         if not token.isdecimal():

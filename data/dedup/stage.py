@@ -208,10 +208,9 @@ class Decide(PipelineStep):
         guard = self.settings.guard
         cases = held_out_cases(guard)
         if not guard.benchmarks and not cases:
-            return {"benchmarks": {}, "cases": 0, "on_overlap": guard.on_overlap, "overlaps": []}
-        found: dict[int, tuple[str, str]] = {}
-        for row in np.flatnonzero(pc.is_in(rows["article"], pa.array(sorted(cases), pa.string())).to_numpy()).tolist():
-            found[row] = ("evaluation_case", _at(rows["article"], row))
+            return {"benchmarks": {}, "cases": 0, "cases_not_found": [], "on_overlap": guard.on_overlap, "overlaps": []}
+        found = _of_cases(rows, {key: case for case in sorted(cases) for key in case_keys(case, exactly=True)})
+        not_found = sorted(cases - {case for _, case in found.values()})
         if guard.benchmarks:
             found |= self._of_benchmarks(rows, owners, shown, pictures)
         ids = rows["id"]
@@ -227,6 +226,7 @@ class Decide(PipelineStep):
         return {
             "benchmarks": EvaluationSets(self.run_folder).report() if guard.benchmarks else {},
             "cases": len(cases),
+            "cases_not_found": not_found,
             "on_overlap": guard.on_overlap,
             "question_words": guard.question_words,
             "max_hash_distance": self.settings.max_hash_distance,
@@ -241,13 +241,7 @@ class Decide(PipelineStep):
     ) -> dict[int, tuple[str, str]]:
         """Rows that are a case of a benchmark, quote a question of it, or show a picture."""
         sets = EvaluationSets(self.run_folder)
-        found: dict[int, tuple[str, str]] = {}
-        articles, cases = rows["article"].combine_chunks().dictionary_encode(), sets.cases()
-        keys = [list(case_keys(article, exactly=True)) for article in articles.dictionary.to_pylist()]
-        named = [next((cases[key] for key in of if key in cases), None) for of in keys]
-        for row, number in enumerate(articles.indices.to_pylist() if any(named) else ()):
-            if named[number] is not None:
-                found[row] = ("evaluation_case", named[number])
+        found = _of_cases(rows, sets.cases())
         ranks, places = rows["rank"].to_numpy(), rows["place"].to_numpy()
         firsts = np.concatenate([[0], np.cumsum(np.bincount(ranks, minlength=self.tasks))])
         row_at = np.empty(len(rows), np.int64)  # by rank, then place
@@ -341,6 +335,15 @@ class Apply(PipelineStep):
                 yield replace(row, overlaps=detail)
             else:
                 yield Dropped(row.id, reason, detail)
+
+
+def _of_cases(rows: pa.Table, cases: Mapping[str, str]) -> dict[int, tuple[str, str]]:
+    """Rows of one of the cases, which are given by their keys."""
+    articles = rows["article"].combine_chunks().dictionary_encode()
+    keys = [case_keys(article, exactly=True) for article in articles.dictionary.to_pylist()]
+    named = [next((cases[key] for key in of if key in cases), None) for of in keys]
+    numbers = articles.indices.to_pylist() if any(named) else ()
+    return {row: ("evaluation_case", named[n]) for row, n in enumerate(numbers) if named[n] is not None}
 
 
 def _at(column: pa.ChunkedArray, place: int) -> str:

@@ -47,7 +47,7 @@ def read_unit(fs: AbstractFileSystem, root: str, unit: Mapping[str, str], settin
         case = json.loads(files.read(FILE))
         if not isinstance(case, dict) or not isinstance(case.get("figures"), list) or not case["figures"]:
             raise ValueError("expected an object with a list of figures")
-    except (ValueError, TooLarge, FileNotFoundError) as error:
+    except (ValueError, RecursionError, TooLarge, FileNotFoundError) as error:
         yield Dropped(name, "broken_case", f"{FILE}: {' '.join(str(error).split())}")
         return
     licence = _text(case, "licence") or settings.licence or ""

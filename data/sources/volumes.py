@@ -172,6 +172,7 @@ def _load(files: FolderFiles, path: str, name: str) -> tuple[np.ndarray, int]:
 
     broken = (OSError, EOFError, ValueError, OverflowError, zlib.error)
     broken += (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
+    broken += (nibabel.wrapstruct.WrapStructError,)  # too short for a header
     try:
         data = files.read(path)
         packed = data[:2] == b"\x1f\x8b"
@@ -194,6 +195,7 @@ def _oriented(image: Any, name: str) -> tuple[np.ndarray, int]:
     """Raises BadSample: not_a_volume."""
     import nibabel
 
+    image = nibabel.squeeze_image(image)  # of (X, Y, Z, 1)
     if len(image.shape) == 2:
         raise BadSample(name, "not_a_volume", "the NIfTI file holds a single picture; store it as PNG in kind: pairs")
     if len(image.shape) != 3:
@@ -227,7 +229,7 @@ def _mask(files: FolderFiles, path: str, name: str, shape: tuple[int, ...]) -> n
                 if values.shape != shape:
                     said = f"{mask} has the shape {values.shape}, its volume {shape}"
                     raise BadSample(name, "mask_mismatch", f"{said}; both must be of one grid")
-                return values != 0
+                return np.nan_to_num(values) != 0
     return None
 
 
@@ -302,17 +304,25 @@ def _lesions(fs: AbstractFileSystem, root: str) -> dict[str, dict[int, list[tupl
     marks: dict[str, dict[int, list[tuple[int, ...]]]] = defaultdict(dict)
     if not fs.exists(path):
         return marks
-    with fs.open(path, "r", encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                boxes = marks[row["volume"].strip()].setdefault(int(row["slice"]), [])
-                corners = [row.get(key) or "" for key in ("x0", "y0", "x1", "y1")]
-                if any(corners):
-                    boxes.append(tuple(round(float(corner)) for corner in corners))
-            except (KeyError, ValueError, TypeError, AttributeError):
-                raise UserError(
-                    f"{LESIONS_FILE}, line {number}: {row}; expected volume, slice (from 0) and perhaps x0, y0, x1, y1"
-                ) from None
+    try:
+        text = fs.cat_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{LESIONS_FILE} is not UTF-8; save it as UTF-8") from None
+    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
+        try:
+            boxes = marks[row["volume"].strip()].setdefault(int(row["slice"]), [])
+            corners = [row.get(key) or "" for key in ("x0", "y0", "x1", "y1")]
+            if any(corners):
+                boxes.append(tuple(round(float(corner)) for corner in corners))
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise UserError(
+                f"{LESIONS_FILE}, line {number}: {row}; expected volume, slice (from 0) and perhaps x0, y0, x1, y1"
+            ) from None
+    if marks and not any(fs.exists(f"{root}/{volume}") for volume in marks):
+        raise UserError(
+            f"{LESIONS_FILE} names {next(iter(marks))!r} and {len(marks) - 1} others, none of which is beside it; "
+            "expected the paths of volumes from there, with their endings"
+        )
     return marks
 
 

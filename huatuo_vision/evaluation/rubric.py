@@ -57,13 +57,13 @@ BEGGING = (
 # Of one marking; "empty" and "marked" have a mark.
 States = ("marked", "empty", "no_list", "prose", "out_of_range")
 
-_ITEM = re.compile(r"^\s*(\d{1,2})\s*[.):]\s+(\S.*?)\s*$", re.MULTILINE)
+_ITEM = re.compile(r"^[ \t]*(\d{1,2})[ \t]*[.):][ \t]+(\S.*)$", re.MULTILINE)
 _MARK = re.compile(
     r"(?:the\s+)?(?:(?:total|final|overall)\s+)?(?:score|mark|sum|total)?\s*(?:is\b|[:=])?\s*"
     r"([-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+))\s*(?:/\s*([0-9]+(?:\.[0-9]+)?)|points?|marks?)?\s*\.?",
     re.IGNORECASE,
 )
-_JSON_MARK = re.compile(r'\{\s*"(?:score|mark|sum|total)"\s*:\s*"?([^",{}]+)"?\s*\}')
+_JSON_MARK = re.compile(r'(?:json )?\{\s*"(?:score|mark|sum|total)"\s*:\s*"?([^",{}]+)"?\s*\}')
 _TO_THE_EXAMINER = re.compile(
     r"\b(?:examiner|grader|rubric|full marks|previous instructions|highest possible (?:mark|score))\b", re.IGNORECASE
 )
@@ -197,13 +197,13 @@ def _extract(cases: Sequence[Answer], judge: Judge, tokens: Counter[str]) -> dic
 def read_items(reply: str) -> tuple[str, ...]:
     """The items of a numbered list that counts from 1, MOST_ITEMS at most; none where the reply is no such list."""
     found = [(int(number), text) for number, text in _ITEM.findall(clean(reply))]
-    items = [text for place, (number, text) in enumerate(found, 1) if number == place]
+    items = [text.rstrip() for place, (number, text) in enumerate(found, 1) if number == place]
     return tuple(items[:MOST_ITEMS]) if len(items) == len(found) else ()
 
 
 def read_mark(reply: str, ceiling: float) -> tuple[float | None, str]:
     """The mark that a reply is, and its state; (None, "prose") or (None, "out_of_range") where it is none."""
-    text = clean(reply)
+    text = " ".join(clean(reply).split())
     if wrapped := _JSON_MARK.fullmatch(text):
         text = wrapped[1].strip()
     found = _MARK.fullmatch(text)

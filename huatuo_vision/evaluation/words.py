@@ -28,9 +28,9 @@ _SPECIAL_TOKENS = re.compile(
 _TURN_ENDS = re.compile(
     r"(?<=\S)\s*(?:<\|(?:endoftext|im_end|eot_id|end_of_text|end)\|>|</s>|<eos>|<end_of_turn>).*", re.DOTALL
 )
-_TABLE_RULE = re.compile(r"^[ \t]*\|?[ \t]*:?-{3,}[-|: \t]*$\n?", re.MULTILINE)
+_TABLE_RULE = re.compile(r"^[ \t]*(?:\|[ \t]*)?:?-{3,}[-|: \t]*$\n?", re.MULTILINE)
 _TABLE_ROW = re.compile(r"^[ \t]*\|(.+)\|[ \t]*$", re.MULTILINE)
-_THOUGHT = re.compile(r".*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_THOUGHT = re.compile(r"\A.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _HTML = re.compile(
     any_of(
         r"</?(?:em|strong|span|div|code|think(?:ing)?)>",

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 
-from huatuo_vision.model.compose import config_from_values
+from huatuo_vision.model.compose import check_in_llm, config_from_values
 from huatuo_vision.model.encoders import GridEncoder
 from huatuo_vision.model.flops import ModelShape
 from huatuo_vision.model.multi_encoder import MultiEncoderConfig, check_grids
@@ -42,6 +42,7 @@ def _known_config(spec: ModelSpec) -> LlavaConfig | MultiEncoderConfig:
             for e in spec.vision_encoders
         ]
         check_grids(grids, spec.sva.side if spec.sva else None)
+        check_in_llm(spec, text)
         return MultiEncoderConfig(
             text_config=text,
             encoders=[grid.to_dict() for grid in grids],

@@ -120,7 +120,7 @@ def compose_processor(
     else:
         grids = encoder_grids(spec.vision_encoders)
         check_grids(grids, spec.sva.side if spec.sva else None)
-        _check_in_llm(spec, text_config)
+        check_in_llm(spec, text_config)
     if texts is not None:
         texts = _with_role_markers(texts, _template(spec.chat_template))
 
@@ -192,7 +192,8 @@ def encoder_weights(
     }
 
 
-def _check_in_llm(spec: ModelSpec, text_config: PreTrainedConfig) -> None:
+def check_in_llm(spec: ModelSpec, text_config: PreTrainedConfig) -> None:
+    """Raises UserError for a block behind the last decoder layer."""
     layers = text_config.num_hidden_layers
     beyond = [layer for layer in (spec.sva.in_llm if spec.sva else ()) if layer >= layers]
     if beyond:

@@ -130,7 +130,8 @@ class GridEncoder:
 
     def features(self, encoder: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, H) -> (N, S, S, C), by the module `encoder`."""
-        out = encoder(pixel_values=pixels, output_hidden_states=True, return_dict=True)
+        # As CLIP does by itself, and ConvNeXt does not.
+        out = encoder(pixel_values=pixels.to(encoder.dtype), output_hidden_states=True, return_dict=True)
         if self.config.model_type == "convnext":
             stages = out.hidden_states[-self.config.num_stages :]  # (N, C_i, S_i, S_i) each
             return torch.cat([self._resized(stage) for stage in stages], dim=1).permute(0, 2, 3, 1)

@@ -220,6 +220,23 @@ class MultiEncoderLlava(_Weights, LlavaForConditionalGeneration):
         features, _windows = self.model.see(pixel_values)
         return BaseModelOutputWithPooling(pooler_output=tuple(features))
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """For beams and several answers: each row's images as often as the row. transformers repeats image by image,
+        which deals two images of a row out to its copies."""
+        rows, expanded = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if pixel_values is not None and expand_size > 1:
+            images = (input_ids == self.config.image_token_id).sum(dim=1) // self.config.tokens_per_image
+            of_rows = pixel_values.split(images.tolist())
+            pixel_values = torch.cat([own.repeat(expand_size, 1) for own in of_rows])
+        return rows, expanded if pixel_values is None else expanded | {"pixel_values": pixel_values}
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

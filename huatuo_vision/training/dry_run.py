@@ -70,9 +70,9 @@ def dry_run(recipe: Recipe, phases: Sequence[str], console: Console) -> None:
         console.print(_cost_table(recipe, shape, plans))
         basis = "Rows as read or declared, lengths ASSUMED (inputs/assumed_lengths.yaml). " if absent else ""
         console.print(
-            f"{basis}GPU-hours at {ASSUMED_MFU:.0%} MFU of {ASSUMED_PEAK / 1e12:.0f} TFLOP/s (H100/H200, bf16). Memory "
-            f"is an estimate for {sharding} on {processes} process(es), before the allocator's own; the formula stands "
-            "at huatuo_vision.model.flops.memory_estimate.",
+            f"{basis}Parameters without norms and biases, some 0.1 % more. GPU-hours at {ASSUMED_MFU:.0%} MFU of "
+            f"{ASSUMED_PEAK / 1e12:.0f} TFLOP/s (H100/H200, bf16). Memory is an estimate for {sharding} on {processes} "
+            "process(es), before the allocator's own; the formula stands at huatuo_vision.model.flops.memory_estimate.",
             style="dim",
         )
         for name, data in prepared.items():
@@ -164,7 +164,8 @@ def _trained(phase: PhaseSpec, shape: ModelShape) -> list[str]:
                 f"{part} {kind} {shape.lora_weights(phase.train.lora):,} of {shape.weights[part]:,}, lr {training.lr:g}"
             )
         else:
-            lines.append(f"{part} {shape.weights[part]:,}, lr {training.lr:g}")
+            aggregator = f" (aggregator {training.sva_lr:g})" if part == "projector" and training.sva_lr else ""
+            lines.append(f"{part} {shape.weights[part]:,}, lr {training.lr:g}{aggregator}")
     return lines
 
 

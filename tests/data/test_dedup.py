@@ -236,7 +236,17 @@ def test_held_out_cases_drop_by_their_ids(tmp_path):
     kept, dropped = dedup(run, guard={"cases": str(tmp_path / "held-out.txt")})
     assert list(kept) == ["PMC2.1-f1"] and dropped == {"PMC1.1-f1": ("evaluation_case", "PMC1.1")}
     found = contamination(run)
-    assert found["cases"] == 2 and [overlap["article"] for overlap in found["overlaps"]] == ["PMC1.1"]
+    assert found["cases"] == 2 and found["cases_not_found"] == ["elsewhere"]
+    assert [overlap["article"] for overlap in found["overlaps"]] == ["PMC1.1"]
+
+
+def test_held_out_cases_are_known_by_other_names(tmp_path):
+    (tmp_path / "held-out.txt").write_text("Eurorad-19250\nOWN-c1\n")
+    names = ["eurorad-case19250", "own-c1", "own-c10"]
+    rows = [row(n, [encoded(textured(n))], article=name) for n, name in enumerate(names, 1)]
+    kept, dropped = dedup(folder(tmp_path / "run", [rows]), guard={"cases": str(tmp_path / "held-out.txt")})
+    assert list(kept) == ["PMC3.1-f1"]
+    assert [detail for _, detail in dropped.values()] == ["Eurorad-19250", "OWN-c1"]
 
 
 def test_cases_of_a_benchmark_drop_by_their_numbers_and_by_their_discussions(tmp_path):

@@ -90,6 +90,14 @@ def test_a_row_never_finds_itself_its_case_or_its_picture(tmp_path: Path) -> Non
     assert found(run, 1) == {}  # what people described needs no evidence
 
 
+def test_one_case_under_two_names_is_one_case(tmp_path: Path) -> None:
+    rows = [asking(1, article="deck-case19250"), row(2, article="eurorad-19250"), row(3, article="eurorad-19251")]
+    run = retrieved(tmp_path / "one", rows)
+    assert found(run) == {"PMC1.1-f1": ["PMC3.1-f1"]}
+    overlap = {"id": "gone", "article": "copy-case19251", "reason": "evaluation_image", "detail": "slake-en:1"}
+    assert found(retrieved(tmp_path / "held-out", rows, overlaps=(overlap,))) == {}
+
+
 def test_a_row_that_nobody_described_is_no_evidence(tmp_path: Path) -> None:
     run = retrieved(tmp_path, [asking(1), asking(2, caption=OTHER), row(3, caption=OTHER)])
     assert found(run) == {"PMC1.1-f1": ["PMC3.1-f1"], "PMC2.1-f1": ["PMC3.1-f1"]}
@@ -153,10 +161,11 @@ def test_guidelines_are_cut_counted_and_found(tmp_path: Path) -> None:
         {"id": "b", "source": "who", "title": "Soap", "clean_text": "Rashes of the forearm go away."},
         {"id": "c", "source": "who", "title": "Empty", "clean_text": "  \n"},
         {"id": "d", "source": "who", "title": "None", "clean_text": None},
+        {"id": "e", "source": "who", "title": "No number", "clean_text": float("nan")},
         {"id": "a", "source": "who", "title": "Twice", "clean_text": "again"},
     ).model_copy(update={"chunk_words": 10})
     run = retrieved(tmp_path / "run", [asking(1)], guidelines=texts, top_k={"guidelines": 2, "cases": 1})
-    assert report(run) == {"guidelines": 5, "without_text": 2, "repeated_id": 1, "chunks": 4}
+    assert report(run) == {"guidelines": 6, "without_text": 3, "repeated_id": 1, "chunks": 4}
     first, second = evidence_of(run, 0)["PMC1.1-f1"]
     assert first.kind == "guideline" and {first.id, second.id} <= {"a#0", "a#1", "a#2"}
     assert first.title == "Cysts of the liver" and first.licence == "CC-BY-4.0" and first.image_ids == ()
@@ -196,7 +205,8 @@ def test_a_chunk_that_quotes_an_evaluation_question_is_no_evidence(tmp_path: Pat
     [
         (None, "can't be read"),
         ('{"id": 1, "title": "x"}\n', "line 1 has no clean_text"),
-        ("no json\n", "expected JSON Lines"),
+        ('{"id": null, "title": "x", "clean_text": "y"}\n', "line 1 has an empty id"),
+        ('{"id": 1, "title": "x", "clean_text": "y"}\nno json\n', "line 2 is not JSON; expected JSON Lines"),
         ('{"id": 1, "title": "x", "clean_text": ""}\n', "none of the 1 guidelines"),
     ],
 )

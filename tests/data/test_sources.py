@@ -73,12 +73,13 @@ def test_what_is_wrong_with_a_case_is_counted(tmp_path: Path) -> None:
         "c6/case.json": case(figures=[{"images": ["../c1/case.json"]}]),
         "c7/case.json": case(figures=[{"images": ["a.png"]}]),
         "c7/a.png": picture(3),
+        "c8/case.json": b"[" * 100_000,
     }
     put(tmp_path / "s", files)
     run = ingest(tmp_path / "run", tmp_path / "s", kind="cases", **OPEN)
     assert reasons(run) == {
         "c1": "broken_case", "c2": "broken_case", "c3_1": "malformed_row", "c4_1": "no_text", "c5_1": "missing_image",
-        "c6_1": "unsafe_path",
+        "c6_1": "unsafe_path", "c8": "broken_case",
     }  # fmt: skip
     assert list(rows(run)) == ["c7_1"]
     unlicensed = ingest(tmp_path / "other", tmp_path / "s", kind="cases")
@@ -206,6 +207,16 @@ def test_volumes_of_one_slice_and_masks_without_a_lesion_are_counted(tmp_path: P
     assert notes(run) == {"volumes": 2, "empty_masks": 1, "volumes_of_one_slice": 1}
 
 
+def test_a_fourth_axis_of_one_is_none_and_no_number_is_no_lesion(tmp_path: Path) -> None:
+    values = marked_volume()
+    mask = np.full(values.shape, np.nan)
+    mask[3:6, 4:7, 2] = 1
+    nifti(tmp_path / "s/v.nii", values[..., None])
+    nifti(tmp_path / "s/v_mask.nii", mask[..., None])
+    run = ingest(tmp_path / "run", tmp_path / "s", kind="volumes", slices=9, **OPEN)
+    assert list(rows(run)) == ["v_0002"] and notes(run) == {"volumes": 1, "volumes_with_lesions": 1}
+
+
 def test_what_is_no_volume_is_counted_by_its_name(tmp_path: Path) -> None:
     values = marked_volume()
     nifti(tmp_path / "s/four.nii", values[..., None].repeat(2, -1))
@@ -215,12 +226,16 @@ def test_what_is_no_volume_is_counted_by_its_name(tmp_path: Path) -> None:
     nifti(tmp_path / "s/nan.nii", values * np.nan)
     colours = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     pytest.importorskip("nibabel").Nifti1Image(colours, np.eye(4)).to_filename(tmp_path / "s/colours.nii")
-    put(tmp_path / "s", {"broken.nii.gz": b"\x1f\x8b no gzip", "text.nii": b"x" * 400, "d/a.dcm": b"no dicom"})
+    put(
+        tmp_path / "s",
+        {"broken.nii.gz": b"\x1f\x8b no gzip", "text.nii": b"x" * 400, "d/a.dcm": b"no dicom", "empty.nii": b""},
+    )
     put(tmp_path / "s", {"lesions.csv": b"volume,slice\noutside.nii,9\n"})
     run = ingest(tmp_path / "run", tmp_path / "s", kind="volumes", **OPEN)
     assert reasons(run) == {
         "broken": "unreadable_volume", "four": "not_a_volume", "mismatch": "mask_mismatch", "outside": "lesion_outside",
         "text": "unreadable_volume", "d": "unreadable_volume", "nan": "not_a_volume", "colours": "not_a_volume",
+        "empty": "unreadable_volume",
     }  # fmt: skip
     assert rows(run) == {}
 
@@ -242,10 +257,18 @@ def test_a_series_is_put_in_order_by_position_and_marks_name_its_slices(tmp_path
     assert abs(bright[0] - bright[1]) < 0.1 * bright[0]
 
 
-def test_a_file_of_marks_of_another_form_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"volume,slice\nv.nii,first\n", "lesions.csv, line 2"),
+        (b"volume,slice\nv\xe9.nii,1\n", "lesions.csv is not UTF-8"),
+        (b"volume,slice\nv,1\nw,2\n", "names 'v' and 1 others, none of which is beside it"),
+    ],
+)
+def test_a_file_of_marks_of_another_form_is_one_sentence(tmp_path: Path, content: bytes, expected: str) -> None:
     nifti(tmp_path / "s/v.nii", marked_volume())
-    put(tmp_path / "s", {"lesions.csv": b"volume,slice\nv.nii,first\n"})
-    with pytest.raises(UserError, match="lesions.csv, line 2"):
+    put(tmp_path / "s", {"lesions.csv": content})
+    with pytest.raises(UserError, match=expected):
         ingest(tmp_path / "run", tmp_path / "s", kind="volumes", **OPEN)
 
 
@@ -289,6 +312,7 @@ def test_a_source_that_is_not_there_is_one_sentence(tmp_path: Path, sources: dic
     [
         ({"kind": "pairs", "sources": {"x": {"folder": "x"}}}, "kind stands beside sources"),
         ({"sources": {"a b": {"folder": "x"}}}, "a name is of letters"),
+        ({"sources": {"x": {"kind": "volumes", "folder": "x", "window": [50, -1]}}}, "greater than 0"),
         ({"sources": {"x": {"folder": "x", "kind": "pairs", "modality": "CT"}}}, "modality is 'CT'"),
         ({"sources": {"x": {"folder": "x", "foldr": "y"}}}, "foldr"),
     ],

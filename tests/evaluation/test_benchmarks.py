@@ -303,6 +303,9 @@ def test_jama_cases_are_found_by_their_articles(tmp_path: Path):
     }
     file = load("jama-clinical-challenge", tmp_path / "jama_raw.json")
     assert [row.id for row in file.rows] == [row.id for row in loaded.rows]
+    searched = [row | {"link": f"{row['link']}?resultClick=1"} for row in layouts.JAMA]
+    layouts.write_json(tmp_path / "jama_raw.json", searched)
+    assert load("jama-clinical-challenge", tmp_path).rows == loaded.rows
     without = layouts.jama(tmp_path / "bare", pictures=False)
     assert "case 2800000 has no picture; put its pictures into images/2800000/" in refusal(
         "jama-clinical-challenge", without

@@ -55,6 +55,7 @@ def run(reply, out, answers, repeats=1, **changed):
         (".5", (0.5, "marked")),
         ("2.5 points", (2.5, "marked")),
         ('{"score": 4.5}', (4.5, "marked")),
+        ('```json\n{"score": 4.5}\n```', (4.5, "marked")),
         ("<think>Item 1 earns 0.5, item 2 too.</think>\n1.0", (1.0, "marked")),
         # Out of range, or on another scale.
         ("6", (None, "out_of_range")),
@@ -76,10 +77,20 @@ def run(reply, out, answers, repeats=1, **changed):
         ("inf", (None, "prose")),
         ("I'm sorry, but I can't mark this.", (None, "prose")),
         ('{"score": null}', (None, "prose")),
+        ('{"score": {"key points": 3}}', (None, "prose")),
+        ('{"score": NaN}', (None, "prose")),
     ],
 )
 def test_a_mark_is_one_number_in_range_or_none(reply, read):
     assert rubric.read_mark(reply, 5.0) == read
+
+
+@pytest.mark.parametrize("filler", [" ", "\n", "x", "x ", "<", "|", "3 ", "1. x\n"])
+def test_a_reply_without_end_is_read_at_once(filler):
+    """A judge that falls into a loop; time would grow with the square of its reply, and so be minutes."""
+    reply = filler * (200_000 // len(filler))
+    assert rubric.read_mark(f"3{reply}4", 5.0)[0] is None
+    assert rubric.read_items(f"1. one {reply}\n3. three") == ()
 
 
 def test_of_a_short_list_no_more_can_be_had():

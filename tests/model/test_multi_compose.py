@@ -104,6 +104,10 @@ def test_the_processor_is_transformers_own_way_too(composed):
     inputs = processor(images=picture(), text="<image> Which organ?", return_tensors="pt")
     assert (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == 6
     assert len(inputs["pixel_values"]) == 1
+    first, second, third = (picture(seed=seed) for seed in range(3))
+    of_texts = processor(images=[[first], [second, third]], text=["<image> a", "<image><image> b"])
+    flat = processor(images=[first, second, third], text=["<image> a", "<image><image> b"])
+    assert np.array_equal(of_texts["pixel_values"], flat["pixel_values"])
     assert "pixel_values" not in processor(images=[], text="no picture", return_tensors="pt")
 
 

@@ -412,6 +412,25 @@ def test_generation_is_the_same_with_and_without_a_cache(generating):
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("images", [(2,), (2, 0, 1)])
+def test_several_answers_to_a_row_see_all_its_images_each(generating, images):
+    inputs = batch(generating.config, *images)
+
+    def answers(**settings):
+        config = GenerationConfig(max_new_tokens=6, use_cache=True, pad_token_id=2, **settings)
+        return generating.generate(**inputs, generation_config=config)
+
+    one = answers(do_sample=False)
+    sampled = answers(do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(sampled, one.repeat_interleave(3, dim=0))
+
+
+def test_pictures_come_in_any_precision():
+    model = MultiEncoderLlava(multi_config()).eval().to(torch.bfloat16)
+    with torch.no_grad():
+        assert model(**batch(model.config, 1)).logits.dtype == torch.bfloat16
+
+
 def test_a_text_only_call_after_an_image_call_is_as_if_there_had_been_none(generating):
     text = batch(generating.config, 0, 0)
     with torch.no_grad():

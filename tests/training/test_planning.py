@@ -91,6 +91,12 @@ def test_an_unknown_backbone_and_a_checkpoint_that_nothing_makes_are_said():
         known_shape(ModelSpec.model_validate({"llava": {"path": "runs/nothing"}}))
 
 
+def test_a_block_behind_the_last_layer_is_refused_without_the_hub():
+    recipe = load_recipe(RECIPES / "semihvision/two-encoders-8b.yaml", ["model.sva.in_llm=[0, 36]"])
+    with pytest.raises(UserError, match="names the decoder layer 36, but the language model has 36; expected 0 to 35"):
+        known_shape(recipe.model)
+
+
 def test_llava_1_5_7b_is_what_was_published():
     """LLaVA's README: 3.5 h and 10 h on 8 A100. The plan's FLOPs over that time are a usual MFU of its day."""
     recipe = load_recipe(RECIPES / "paper/llava-1.5-7b.yaml")

@@ -42,7 +42,8 @@ MEDTHINKVQA_TABLE = "test.jsonl"
 _SLOTS = tuple(f"image_{slot:02d}_path" for slot in range(1, 50))
 OWN_GROUPS = ("field", "modality", REASONING)
 
-_NUMBER_AT_THE_END = re.compile(r"(\d+)/?\s*$")
+# Links that were copied from a search go on behind it: ?resultClick=1
+_NUMBER_AT_THE_END = re.compile(r"(\d+)/?(?:[?#].*)?\s*$")
 
 
 def load_cases(repository: Repository, path: Path | None) -> Loaded:
