@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from pydantic import BaseModel, Field, ValidationError
 
 from huatuo_vision.run_record import write_json
 
@@ -17,17 +17,19 @@ MANIFEST = "manifest.json"
 _STAGING = ".saving"
 
 
-class FileFacts(BaseModel):
+@dataclass(frozen=True)
+class FileFacts:
     size: int
     sha256: str
 
 
-class Manifest(BaseModel):
+@dataclass(frozen=True)
+class Manifest:
     step: int
     elapsed_seconds: float  # that the phase trained before it
     world_size: int
     distributed_type: str
-    files: dict[str, FileFacts] = Field(min_length=1)
+    files: dict[str, FileFacts]
 
 
 def staging_folder(phase_folder: Path) -> Path:
@@ -51,7 +53,7 @@ def seal(phase_folder: Path, step: int, *, elapsed_seconds: float, world_size: i
             for path, digest in zip(files, hashes, strict=True)
         },
     )
-    write_json(written / MANIFEST, manifest.model_dump())
+    write_json(written / MANIFEST, asdict(manifest))
     published = phase_folder / f"checkpoint-{step}"
     shutil.rmtree(published, ignore_errors=True)  # an earlier one of this step that failed its check
     # After a power cut a name may be there without what it names, unless the disk was waited for; and the older
@@ -86,8 +88,22 @@ def latest_checkpoint(phase_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Raises OSError, or ValidationError for what is no manifest."""
-    return Manifest.model_validate_json((checkpoint / MANIFEST).read_bytes())
+    """Raises OSError, or ValueError for what is no manifest."""
+    values = json.loads((checkpoint / MANIFEST).read_bytes())
+    _check_types(values, step=int, elapsed_seconds=(int, float), world_size=int, distributed_type=str, files=dict)
+    if not values["files"]:
+        raise ValueError("no files")
+    for facts in values["files"].values():
+        _check_types(facts, size=int, sha256=str)
+    return Manifest(**values | {"files": {name: FileFacts(**facts) for name, facts in values["files"].items()}})
+
+
+def _check_types(values: object, **types: type | tuple[type, ...]) -> None:
+    if not isinstance(values, dict) or values.keys() != types.keys():
+        raise ValueError(f"expected {', '.join(types)}")
+    for key, kind in types.items():
+        if not isinstance(values[key], kind):
+            raise ValueError(f"{key} is {values[key]!r}")
 
 
 def remove_old(phase_folder: Path, newest: int, keep: int) -> None:
@@ -120,10 +136,8 @@ def fault_of(folder: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = f" at {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
-        return f"{MANIFEST} is damaged ({first['msg'].rstrip('.')}{where})"
+    except ValueError as error:
+        return f"{MANIFEST} is damaged ({error})"
     return None
 
 

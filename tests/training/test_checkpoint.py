@@ -62,13 +62,13 @@ DAMAGES = [
     ("trainable.safetensors", turn_a_byte, "trainable.safetensors does not match its hash"),
     ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
     ("manifest.json", Path.unlink, "manifest.json is missing"),
-    ("manifest.json", lambda path: path.write_text(path.read_text()[:-40]), "manifest.json is damaged (Invalid JSON"),
-    ("manifest.json", empty, "manifest.json is damaged (Invalid JSON"),
-    ("manifest.json", turn_a_byte, "manifest.json is damaged (Invalid JSON"),
+    ("manifest.json", lambda path: path.write_text(path.read_text()[:-40]), "manifest.json is damaged ("),
+    ("manifest.json", empty, "manifest.json is damaged ("),
+    ("manifest.json", turn_a_byte, "manifest.json is damaged ("),
     ("manifest.json", put_a_folder_there, "manifest.json cannot be read (Is a directory)"),
     ("manifest.json", take_the_one_before, "manifest.json is of step 5"),
-    ("manifest.json", rewrite("[]"), "manifest.json is damaged (Input should be an object)"),
-    ("manifest.json", rewrite('{"step": 10, "files": {"a": 1}}'), "manifest.json is damaged (Field required at "),
+    ("manifest.json", rewrite("[]"), "manifest.json is damaged (expected step, "),
+    ("manifest.json", rewrite('{"step": 10, "files": {"a": 1}}'), "manifest.json is damaged (expected step, "),
 ]
 
 
