@@ -55,7 +55,8 @@ def show(results: Mapping[str, Any], out: Path, console: Console) -> None:
     """The tables, no wider than a terminal of 110 columns, and where the rest is."""
     if (all_benchmarks := overview(results)) is not None:
         header, lines = all_benchmarks
-        table = Table(title=Text(f"{results['title']} (in brackets: the paper)"), title_justify="left")
+        of_paper = "" if results["paper"] is None else " (in brackets: the paper)"
+        table = Table(title=Text(results["title"] + of_paper), title_justify="left")
         for name in header:
             table.add_column(Text(name), justify="left" if name == header[0] else "right")
         for line in lines:
