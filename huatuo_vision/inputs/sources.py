@@ -55,6 +55,7 @@ ROW_SCHEMA = pa.schema(
 FEW_FILES = 200
 BATCH_BYTES = 4 * 2**20
 ROWS_AT_A_TIME = 256
+# Of names one below the other: a part that is empty, `.` or `..`.
 _ODD_PART = re.compile(r"[/\n]\.{0,2}(?=[/\n])")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MEMBER_SCHEMA = pa.schema(
