@@ -18,8 +18,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,7 +52,6 @@ PREPARE_VERSION = 1  # raise it when a change here, in the adapters or in image 
 SHARD_ROWS = 1024
 IN_PROCESS_ROWS = 2048  # up to here checking in line is faster than starting processes (imports take ~10 s)
 MAX_PROCESSES = 64  # each holds the tokenizer and its libraries, about 0.5 GB
-STAT_THREADS = 16
 LOG_SECONDS = 30  # between lines of progress where the output is a file
 
 VERDICTS = pa.schema(
@@ -119,10 +118,13 @@ def prepare(
     sources = {name: open_source(name, recipe.data[name], cache_dir) for name in names}
     with console.status("looking for rows that are checked already"):
         shards = {name: _shards(source, encoder, cache_dir / "prepared") for name, source in sources.items()}
-    pending = [shard for name in names for shard in shards[name] if not _is_checked(shard, recipe.on_bad_sample)]
+        checked = _checked([shard for name in names for shard in shards[name]], recipe.on_bad_sample)
+    pending = [shard for name in names for shard in shards[name] if shard.path not in checked]
     _check_shards(pending, sources, encoder, console, processes)
+    checked |= {shard.path: _read_shard(shard.path) for shard in pending}
 
-    verdicts = {name: _refuse_duplicates(_verdicts(shards[name])) for name in names}
+    verdicts = {name: _refuse_duplicates(_joined(checked[shard.path] for shard in shards[name])) for name in names}
+    checked.clear()
     report, problems = account_for(recipe, phases, verdicts, out / "prepare" / "report.json")
     _write(report.path, lambda path: path.write_text(report.json(), encoding="utf-8"))
     _write(report.path.with_suffix(".md"), lambda path: path.write_text(markdown(report), encoding="utf-8"))
@@ -192,17 +194,17 @@ def _shards(source: Source, encoder: Encoder, folder: Path) -> list[_Shard]:
         key = hashlib.sha256("\0".join((timed, encoder.fingerprint, str(PREPARE_VERSION))).encode()).hexdigest()
         return _Shard(source.name, start, stop, folder / f"{key}.parquet", content)
 
-    # Every start of a run asks the file system about every image; over a network that is all waiting.
-    with ThreadPoolExecutor(STAT_THREADS) as threads:
-        return list(threads.map(shard, range(0, len(source), SHARD_ROWS)))
+    return [shard(start) for start in range(0, len(source), SHARD_ROWS)]
 
 
-def _is_checked(shard: _Shard, on_bad_sample: str) -> bool:
-    if not shard.path.exists():
-        return False
+def _checked(shards: Sequence[_Shard], on_bad_sample: str) -> dict[Path, pa.Table]:
+    """The verdicts that are there already."""
+    found = {shard.path: _read_shard(shard.path) for shard in shards if shard.path.exists()}
+    if on_bad_sample == "drop":
+        return found
     # Where refused rows stop the run, they are checked anew: a permission that was given, or a disk that answers
     # again, leaves no trace in an image's size and time.
-    return on_bad_sample == "drop" or not pc.any(pc.not_equal(_read_shard(shard, ["reason"])["reason"], "")).as_py()
+    return {path: table for path, table in found.items() if not pc.any(pc.not_equal(table["reason"], "")).as_py()}
 
 
 def _check_shards(
@@ -331,20 +333,23 @@ def _check_images(sample: Sample, seen: dict[ImageRef, _ImageVerdict]) -> list[s
     return notes
 
 
-def _read_shard(shard: _Shard, columns: list[str] | None = None) -> pa.Table:
+def _read_shard(path: Path) -> pa.Table:
     try:
-        return pq.ParquetFile(shard.path).read(columns=columns)
+        return pq.ParquetFile(path).read(use_threads=False)  # a thousand rows: threads take longer to wake
     except pa.ArrowInvalid:
-        raise UserError(f"{shard.path} is damaged; delete it and start again: its rows are checked anew") from None
+        raise UserError(f"{path} is damaged; delete it and start again: its rows are checked anew") from None
 
 
-def _verdicts(shards: Sequence[_Shard]) -> pa.Table:
-    return pa.concat_tables([VERDICTS.empty_table(), *map(_read_shard, shards)]).combine_chunks()
+def _joined(verdicts: Iterable[pa.Table]) -> pa.Table:
+    return pa.concat_tables([VERDICTS.empty_table(), *verdicts]).combine_chunks()
 
 
 def _refuse_duplicates(verdicts: pa.Table) -> pa.Table:
     """Of the rows that passed and share an id, the first is kept."""
-    codes = verdicts["id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    ids = verdicts["id"].combine_chunks().dictionary_encode()
+    if len(ids.dictionary) == len(ids):
+        return verdicts
+    codes = ids.indices.to_numpy()
     passed = np.flatnonzero(pc.equal(verdicts["reason"], "").to_numpy())
     _, first, group = np.unique(codes[passed], return_index=True, return_inverse=True)
     first_row = passed[first][group]  # of each passed row: the first row with its id
