@@ -40,7 +40,7 @@ from rich.text import Text
 
 from huatuo_vision.inputs.images import load_image
 from huatuo_vision.inputs.mixture import over_limits, select_rows
-from huatuo_vision.inputs.prepare_report import PrepareReport, account_for, markdown, other_counts, tables
+from huatuo_vision.inputs.prepare_report import PrepareReport, account_for, markdown, remarks, tables
 from huatuo_vision.inputs.sources import Source, ensure_made, open_source
 from huatuo_vision.recipe import Recipe
 from huatuo_vision.schema import BadSample, ImageRef, Sample, UserError
@@ -129,8 +129,8 @@ def prepare(
     _write(report.path, lambda path: path.write_text(report.json(), encoding="utf-8"))
     _write(report.path.with_suffix(".md"), lambda path: path.write_text(markdown(report), encoding="utf-8"))
     console.print(*tables(report, box.SIMPLE_HEAD))
-    for sentence in other_counts(report):
-        console.print(f"[yellow]{escape(sentence)}[/yellow]")
+    for sentence, warns in remarks(report):
+        console.print(escape(sentence), style="yellow" if warns else None, highlight=False)
     if problems:
         raise problems[0]
     for name, table in verdicts.items():
