@@ -208,6 +208,13 @@ def test_stop_goes_on_where_nothing_is_wrong(data, run):
     assert run(make_recipe({"a": data}, on_bad_sample="stop")).sources["a"]["kept"] == 1
 
 
+def test_two_sources_of_one_file(data, run):
+    for _ in range(3):
+        data.add()
+    run(make_recipe({"a": data, "b": data}))
+    assert [account["kept"] for account in run.report()["sources"].values()] == [3, 3]
+
+
 def test_of_rows_with_the_same_id_the_first_is_kept_across_shards(data, run):
     for number in range(9):
         data.add(id_="twin" if number in (1, 2, 7) else None)
