@@ -118,7 +118,7 @@ def prepare(
         ensure_made(recipe.data[name], cache_dir)
     sources = {name: open_source(name, recipe.data[name], cache_dir) for name in names}
     with console.status("looking for rows that are checked already"):
-        shards = {name: _shards(source, encoder, cache_dir / "prepared") for name, source in sources.items()}
+        shards = {name: _shards(source, encoder, cache_dir) for name, source in sources.items()}
         checked = _checked([shard for name in names for shard in shards[name]], recipe.on_bad_sample)
     pending = [shard for name in names for shard in shards[name] if shard.path not in checked]
     _check_shards(pending, sources, encoder, console, processes)
@@ -188,14 +188,14 @@ class _Shard:
         return self.stop - self.start
 
 
-def _shards(source: Source, encoder: Encoder, folder: Path) -> list[_Shard]:
-    def shard(start: int) -> _Shard:
-        stop = min(start + SHARD_ROWS, len(source))
-        content, timed = source.content_keys(start, stop)
+def _shards(source: Source, encoder: Encoder, cache_dir: Path) -> list[_Shard]:
+    shards = []
+    for number, (content, timed) in enumerate(source.content_keys(SHARD_ROWS, cache_dir)):
+        start = number * SHARD_ROWS
         key = hashlib.sha256("\0".join((timed, encoder.fingerprint, str(PREPARE_VERSION))).encode()).hexdigest()
-        return _Shard(source.name, start, stop, folder / f"{key}.parquet", content)
-
-    return [shard(start) for start in range(0, len(source), SHARD_ROWS)]
+        path = cache_dir / "prepared" / f"{key}.parquet"
+        shards.append(_Shard(source.name, start, min(start + SHARD_ROWS, len(source)), path, content))
+    return shards
 
 
 def _checked(shards: Sequence[_Shard], on_bad_sample: str) -> dict[Path, pa.Table]:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,8 @@ ROW_SCHEMA = pa.schema(
 MEMBERS_VERSION = 3  # likewise for the index of the archives' members
 FEW_FILES = 200
 STAT_THREADS = 16
+SLOW_STAT = 100e-6  # seconds
+KEYS_VERSION = 1  # goes up whenever the same content would get other keys
 BATCH_BYTES = 4 * 2**20
 ROWS_AT_A_TIME = 256
 # Of names one below the other: a part that is empty, `.` or `..`.
@@ -98,13 +101,37 @@ class Source:
         stored = self.rows[i].to_pylist()[0]
         return (stored["id"] if self.converted else row_id(stored, self.spec)) or f"row {i}"
 
-    def content_keys(self, start: int, stop: int) -> tuple[str, str]:
-        """sha256 over what samples start to stop are made from: spec, rows, names and sizes (or CRCs) of their images.
+    def content_keys(self, rows: int, cache_dir: Path) -> list[tuple[str, str]]:
+        """Of every `rows` rows, sha256 over what their samples are made from: spec, rows, names and sizes (or CRCs) of
+        their images. The second of each pair is of the images' times as well: it changes with an image that was
+        replaced by one of its size, but also with one that was only copied.
 
-        The second is of the images' times as well: it changes with an image that was replaced by one of its size, but
-        also with one that was only copied.
+        Where all images lie in archives, the keys are kept in `cache_dir` while the data file, the archives and the
+        names in the folders beside them stay the same: a million images take ten seconds.
         """
-        digest = hashlib.sha256(self.spec.model_dump_json(exclude=set(OPERATIONAL_SOURCE_KEYS)).encode())
+        files = [file["filename"] for file in self.rows.cache_files]
+        kept = cache_dir / "keys" / f"{_key((KEYS_VERSION, files, self.images.members, self._spec_json(), rows))}.json"
+        if self.converted and (saved := _kept_keys(kept)) is not None:
+            return saved
+        keys: list[tuple[str, str]] = []
+        beside: dict[str, set[str]] | None = {}
+        for start in range(0, len(self), rows):
+            content, timed, folders = self._content_keys(start, min(start + rows, len(self)))
+            keys.append((content, timed))
+            few = beside is not None and len(beside) < FEW_FILES
+            beside = beside | folders if few and folders is not None else None
+        if self.converted and self.images.members is not None and beside is not None:
+            with _replacing(kept) as temporary:
+                folders = {folder: sorted(names) for folder, names in beside.items()}
+                temporary.write_text(json.dumps({"folders": folders, "keys": keys}))
+        return keys
+
+    def _spec_json(self) -> str:
+        return self.spec.model_dump_json(exclude=set(OPERATIONAL_SOURCE_KEYS))
+
+    def _content_keys(self, start: int, stop: int) -> tuple[str, str, dict[str, set[str]] | None]:
+        """Both keys of these rows, and `Stamps.beside`."""
+        digest = hashlib.sha256(self._spec_json().encode())
         if self.converted:
             table = self.rows[start:stop]
             rows, lists = (table[name].combine_chunks() for name in ("row", "images"))
@@ -117,11 +144,11 @@ class Source:
             for stored in self._stored(start, stop):
                 digest.update(json.dumps(stored, default=_digest_of_bytes).encode() + b"\n")
                 names += _row_images(stored, self.spec)
-        sizes, times = self.images.stamps(names)
-        digest.update("\0".join([*names, *sizes]).encode(errors="backslashreplace"))
+        stamps = self.images.stamps(names)
+        digest.update("\0".join([*names, *stamps.sizes]).encode(errors="backslashreplace"))
         timed = digest.copy()
-        timed.update("\0".join(times).encode())
-        return digest.hexdigest(), timed.hexdigest()
+        timed.update("\0".join(stamps.times).encode())
+        return digest.hexdigest(), timed.hexdigest(), stamps.beside
 
     def texts(self) -> Iterator[str]:
         """The text of every message, in order. Rows that make no sample are left out: preparation reports those."""
@@ -191,24 +218,19 @@ class ImageFinder:
             return ImageRef(archive=os.path.join(self.root, member.archive), member=member.name)
         return ImageRef(path=os.path.join(self.root, name))
 
-    def stamps(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Of each name, what changes with its image: size and time of a file; CRC and size of a member, and no time."""
+    def stamps(self, names: Sequence[str]) -> Stamps:
+        """What changes with the image of each name."""
         if self.root is None:
-            return ["missing"] * len(names), [""] * len(names)
+            return Stamps(["missing"] * len(names), [""] * len(names))
         folders: dict[str, set[str] | None] = {}
         if self._none_is_a_file(names, folders):
-            return self._member_stamps(names), [""] * len(names)
-        # Every start of a run asks the file system about every image; over a network that is all waiting.
-        with ThreadPoolExecutor(STAT_THREADS) as threads:
-            size = -(-len(names) // STAT_THREADS)
-            parts = [names[start : start + size] for start in range(0, len(names), size)]
-            found = threads.map(lambda part: [self._file_stamp(name, folders) for name in part], parts)
-            stamps = list(itertools.chain.from_iterable(found))
+            return Stamps(self._member_stamps(names), [""] * len(names), folders)
+        stamps = self._file_stamps(names, folders)
         elsewhere = [place for place, stamp in enumerate(stamps) if stamp is None]
         members = self._member_stamps([names[place] for place in elsewhere])
         for place, stamp in zip(elsewhere, members, strict=True):
             stamps[place] = (stamp, "")
-        return [size for size, _ in stamps], [time for _, time in stamps]
+        return Stamps([size for size, _ in stamps], [time for _, time in stamps])
 
     def _paths(self, name: str) -> tuple[str, ...]:
         path = f"{self.root}/{name}"
@@ -226,6 +248,17 @@ class ImageFinder:
             return False
         files = set().union(*folders.values())
         return files.isdisjoint(basename for _, _, basename in parts)
+
+    def _file_stamps(self, names: Sequence[str], folders: dict[str, set[str] | None]) -> list[tuple[str, str] | None]:
+        """Size and time of each name that is a file, "refused" of one that leaves the folder, None of others."""
+        began = time.perf_counter()
+        stamps = [self._file_stamp(name, folders) for name in names[:STAT_THREADS]]
+        rest = names[STAT_THREADS:]
+        if time.perf_counter() - began < SLOW_STAT * STAT_THREADS:
+            return stamps + [self._file_stamp(name, folders) for name in rest]
+        # Over a network it is all waiting; on a disk of this machine threads would only wait for each other.
+        with ThreadPoolExecutor(STAT_THREADS) as threads:
+            return stamps + list(threads.map(lambda name: self._file_stamp(name, folders), rest))
 
     def _file_stamp(self, name: str, folders: dict[str, set[str] | None]) -> tuple[str, str] | None:
         if _leaves_its_folder(name):
@@ -298,6 +331,14 @@ class ImageFinder:
                 f"({places}); unpack the right one beside them, or keep each data set's archives in a folder of its own"
             )
         return candidates[0] if candidates else None
+
+
+class Stamps(NamedTuple):
+    """Of each image name, what changes with its image."""
+
+    sizes: list[str]  # size of a file, CRC and size of a member, "missing", "refused"
+    times: list[str]  # of a file
+    beside: dict[str, set[str]] | None = None  # the names in the folders that were asked, where none is an image's
 
 
 class _Member(NamedTuple):
@@ -575,6 +616,16 @@ def _listing(folder: str) -> set[str] | None:
     except (OSError, ValueError):
         return set()
     return names if len(names) <= FEW_FILES else None
+
+
+def _kept_keys(path: Path) -> list[tuple[str, str]] | None:
+    """The keys that were kept, where the folders hold what they held then."""
+    try:
+        saved = json.loads(path.read_text())
+        same = all(_listing(folder) == set(names) for folder, names in saved["folders"].items())
+        return [(content, timed) for content, timed in saved["keys"]] if same else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or damaged
+        return None
 
 
 def _stamp(member: _Member | None) -> str:
