@@ -50,7 +50,9 @@ def start_processes(timeout: timedelta | None = None) -> PartialState:
     asked = launched_world()
     _end_with_launcher()
     on_cpu = not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu, **({"timeout": timeout} if timeout else {}))
+    # For DeepSpeed on the CPU accelerate picks no backend, and would count one process.
+    where = {"backend": "gloo"} if asked.deepspeed and on_cpu else {"cpu": on_cpu}
+    state = PartialState(**where, **({"timeout": timeout} if timeout else {}))
     if state.num_processes != asked.processes:
         raise UserError(
             f"{asked.processes} processes were launched but this one is in a world of {state.num_processes}, so each "

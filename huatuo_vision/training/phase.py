@@ -16,6 +16,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
 from transformers import AutoConfig, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from huatuo_vision.cli import Stopped
 from huatuo_vision.inputs.encode import Encoder
@@ -143,6 +144,7 @@ def model_attention(model: torch.nn.Module) -> str:
 def training_arguments(recipe: Recipe, name: str, folder: Path, plan: StepPlan) -> TrainingArguments:
     phase = recipe.phases[name]
     on_cuda = torch.cuda.is_available()
+    deepspeed_on_cpu = not on_cuda and PartialState().distributed_type.value == "DEEPSPEED"
     return TrainingArguments(
         output_dir=str(folder),
         run_name=_run_name(recipe, name),
@@ -168,7 +170,8 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, plan: StepPlan) 
         average_tokens_across_devices=False,  # the plan knows the step's supervised tokens
         disable_tqdm=True,
         seed=recipe.seed,
-        use_cpu=not on_cuda,
+        use_cpu=not on_cuda and not deepspeed_on_cpu,
+        ddp_backend="gloo" if deepspeed_on_cpu else None,  # as start_processes
     )
 
 
@@ -248,6 +251,8 @@ def _check_window(config: Any, phase: PhaseSpec) -> None:
 
 def _export(trainer: PhaseTrainer, start: Path, target: Path, phase: PhaseSpec) -> None:
     """The trained model's folder; its weights gathered from all processes, written by the main one."""
+    # Under ZeRO-3 every model made until then is spread over all processes: the main one would wait for the others.
+    unset_hf_deepspeed_config()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, on the main process
     if trainer.args.should_save:
