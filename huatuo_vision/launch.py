@@ -27,15 +27,16 @@ class LaunchedWorld:
 
 
 def launched_world() -> LaunchedWorld:
-    def flag(name: str) -> bool:
-        return os.environ.get(name, "false").lower() in ("1", "true", "yes")
-
     return LaunchedWorld(
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         rank=int(os.environ.get("RANK", "0")),
-        fsdp=flag("ACCELERATE_USE_FSDP"),
-        deepspeed=flag("ACCELERATE_USE_DEEPSPEED"),
+        fsdp=_flag("ACCELERATE_USE_FSDP"),
+        deepspeed=_flag("ACCELERATE_USE_DEEPSPEED"),
     )
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
 def start_processes(timeout: timedelta | None = None) -> PartialState:
@@ -50,8 +51,10 @@ def start_processes(timeout: timedelta | None = None) -> PartialState:
     asked = launched_world()
     _end_with_launcher()
     on_cpu = not torch.cuda.is_available()
-    # For DeepSpeed on the CPU accelerate picks no backend, and would count one process.
-    where = {"backend": "gloo"} if asked.deepspeed and on_cpu else {"cpu": on_cpu}
+    # For DeepSpeed on the CPU accelerate names no backend, and would count one process. Told to use the CPU, it leaves
+    # DeepSpeed out.
+    deepspeed_on_cpu = asked.deepspeed and on_cpu and not _flag("ACCELERATE_USE_CPU")
+    where = {"backend": "gloo"} if deepspeed_on_cpu else {"cpu": on_cpu}
     state = PartialState(**where, **({"timeout": timeout} if timeout else {}))
     if state.num_processes != asked.processes:
         raise UserError(
@@ -65,7 +68,8 @@ def start_processes(timeout: timedelta | None = None) -> PartialState:
         )
     if asked.deepspeed and state.distributed_type.value != "DEEPSPEED":
         raise UserError(
-            f"DeepSpeed was asked for, but accelerate started {state.distributed_type.value}; check the launch config"
+            f"DeepSpeed was asked for, but accelerate started {state.distributed_type.value}; check the launch config, "
+            "and set no ACCELERATE_USE_CPU"
         )
     return state
 

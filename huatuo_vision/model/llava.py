@@ -84,9 +84,11 @@ class PackedLlava(LlavaForConditionalGeneration):
         self, hidden: torch.Tensor, labels: torch.Tensor, target_counts: tuple[int, ...]
     ) -> list[torch.Tensor]:
         """hidden: (T, D), labels: (T,). Cross-entropy in fp32, summed over each group."""
-        weight, groups = self.lm_head.weight, labels.split(target_counts)
+        groups = labels.split(target_counts)
+        # FSDP gathers the head when it is called, not when its weight is looked at; ZeRO-3 when `lm_head.weight` is
+        # looked at too, and keeps it for the rest of the step.
+        weight = next(self.lm_head.parameters())
         in_fp32 = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
-        # FSDP and ZeRO-3 gather the head when it is called, not when its weight is looked at.
         sharded = hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
         if _CHUNKED is not None and hidden.device.type == "cpu" and in_fp32 and not sharded:
             return [

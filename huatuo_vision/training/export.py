@@ -42,7 +42,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
         )
     recipe = load_recipe(folder / "recipe.yaml")
     phase, start = recipe.phases[folder.name], start_of(recipe, folder.name, folder.parent)
-    model = load_start(phase, start, torch.device("cpu"))
+    model = load_start(recipe, folder.name, start, torch.device("cpu"))
     if (checkpoint / SHARDED_WEIGHTS).is_dir():
         import torch.distributed.checkpoint as sharded
 
