@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -51,6 +52,8 @@ def start_processes(timeout: timedelta | None = None) -> PartialState:
     asked = launched_world()
     _end_with_launcher()
     on_cpu = not torch.cuda.is_available()
+    if asked.deepspeed:  # its calls of torch.distributed are deprecated in torch 2.13, which would say so in every step
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # For DeepSpeed on the CPU accelerate names no backend, and would count one process. Told to use the CPU, it leaves
     # DeepSpeed out.
     deepspeed_on_cpu = asked.deepspeed and on_cpu and not _flag("ACCELERATE_USE_CPU")
