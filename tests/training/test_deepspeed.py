@@ -90,9 +90,11 @@ def test_two_processes_learn_what_one_learns_also_stopped_and_resumed(launcher, 
     for model in ("align/model", "final"):
         assert largest_difference(one / model, out / model) < 2e-5
     keys = ("phase", "step", "loss", "grad_norm", "lr/projector")
-    logs = [{line[:2]: line[2:] for line in log_lines(run, keys)} for run in (one, out)]
-    for place, measured in logs[0].items():
-        assert logs[1][place] == pytest.approx(measured, abs=1e-4), place
+    expected, found = ({line[:2]: line[2:] for line in log_lines(run, keys)} for run in (one, out))
+    whole = [(phase, n) for phase, n in expected if phase == "align" or n > step + 4]  # means since the line before
+    assert len(whole) > 12
+    for place in whole:
+        assert found[place] == pytest.approx(expected[place], abs=1e-4), place
 
 
 def test_an_adapter_trains_as_in_one_process(launcher, zero, one, tmp_path):
