@@ -7,6 +7,7 @@ same command again continues where the last one stopped.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +40,8 @@ def main() -> None:
     phases = [arguments.phase] if arguments.phase else list(recipe.phases)
     out = arguments.out or Path("runs") / recipe.name
 
+    # Rows differ in length, and a GPU's memory would fill with gaps between them. Read when torch is imported.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # Imported here, so that --help and a mistake in the recipe answer at once.
     from huatuo_vision.training.console import main_console
 

@@ -201,7 +201,7 @@ def write_verdicts(folder: Path, cache: Path) -> None:
     ours = cache / "huatuo_vision"
     source = open_source("rows", load_recipe(folder / "recipe.yaml").data["rows"], ours)
     rng = np.random.default_rng(0)
-    for shard in prepare._shards(source, Encoder(folder / "model"), ours / "prepared"):
+    for shard in prepare._shards(source, Encoder(folder / "model"), ours):
         targets = rng.integers(60, 260, len(shard))
         columns = {
             "id": [f"Alignment_VQA_{row}" for row in range(shard.start, shard.stop)],

@@ -13,13 +13,14 @@ re-checks its shard alone. Limits that belong to a phase are applied afterwards:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from rich.text import Text
 
 from huatuo_vision.inputs.images import load_image
 from huatuo_vision.inputs.mixture import over_limits, select_rows
-from huatuo_vision.inputs.prepare_report import PrepareReport, account_for, markdown, other_counts, tables
+from huatuo_vision.inputs.prepare_report import PrepareReport, account_for, markdown, remarks, tables
 from huatuo_vision.inputs.sources import Source, ensure_made, open_source
 from huatuo_vision.recipe import Recipe
 from huatuo_vision.schema import BadSample, ImageRef, Sample, UserError
@@ -52,7 +53,6 @@ PREPARE_VERSION = 1  # raise it when a change here, in the adapters or in image 
 SHARD_ROWS = 1024
 IN_PROCESS_ROWS = 2048  # up to here checking in line is faster than starting processes (imports take ~10 s)
 MAX_PROCESSES = 64  # each holds the tokenizer and its libraries, about 0.5 GB
-STAT_THREADS = 16
 LOG_SECONDS = 30  # between lines of progress where the output is a file
 
 VERDICTS = pa.schema(
@@ -118,17 +118,20 @@ def prepare(
         ensure_made(recipe.data[name], cache_dir)
     sources = {name: open_source(name, recipe.data[name], cache_dir) for name in names}
     with console.status("looking for rows that are checked already"):
-        shards = {name: _shards(source, encoder, cache_dir / "prepared") for name, source in sources.items()}
-    pending = [shard for name in names for shard in shards[name] if not _is_checked(shard, recipe.on_bad_sample)]
+        shards = {name: _shards(source, encoder, cache_dir) for name, source in sources.items()}
+        checked = _checked([shard for name in names for shard in shards[name]], recipe.on_bad_sample)
+    pending = [shard for name in names for shard in shards[name] if shard.path not in checked]
     _check_shards(pending, sources, encoder, console, processes)
+    checked |= {shard.path: _read_shard(shard.path) for shard in pending}
 
-    verdicts = {name: _refuse_duplicates(_verdicts(shards[name])) for name in names}
+    verdicts = {name: _refuse_duplicates(_joined(checked[shard.path] for shard in shards[name])) for name in names}
+    del checked  # of a million rows some 100 MB
     report, problems = account_for(recipe, phases, verdicts, out / "prepare" / "report.json")
     _write(report.path, lambda path: path.write_text(report.json(), encoding="utf-8"))
     _write(report.path.with_suffix(".md"), lambda path: path.write_text(markdown(report), encoding="utf-8"))
     console.print(*tables(report, box.SIMPLE_HEAD))
-    for sentence in other_counts(report):
-        console.print(f"[yellow]{escape(sentence)}[/yellow]")
+    for sentence, warns in remarks(report):
+        console.print(escape(sentence), style="yellow" if warns else None, highlight=False)
     if problems:
         raise problems[0]
     for name, table in verdicts.items():
@@ -185,24 +188,24 @@ class _Shard:
         return self.stop - self.start
 
 
-def _shards(source: Source, encoder: Encoder, folder: Path) -> list[_Shard]:
-    def shard(start: int) -> _Shard:
-        stop = min(start + SHARD_ROWS, len(source))
-        content, timed = source.content_keys(start, stop)
+def _shards(source: Source, encoder: Encoder, cache_dir: Path) -> list[_Shard]:
+    shards = []
+    for number, (content, timed) in enumerate(source.content_keys(SHARD_ROWS, cache_dir)):
+        start = number * SHARD_ROWS
         key = hashlib.sha256("\0".join((timed, encoder.fingerprint, str(PREPARE_VERSION))).encode()).hexdigest()
-        return _Shard(source.name, start, stop, folder / f"{key}.parquet", content)
-
-    # Every start of a run asks the file system about every image; over a network that is all waiting.
-    with ThreadPoolExecutor(STAT_THREADS) as threads:
-        return list(threads.map(shard, range(0, len(source), SHARD_ROWS)))
+        path = cache_dir / "prepared" / f"{key}.parquet"
+        shards.append(_Shard(source.name, start, min(start + SHARD_ROWS, len(source)), path, content))
+    return shards
 
 
-def _is_checked(shard: _Shard, on_bad_sample: str) -> bool:
-    if not shard.path.exists():
-        return False
+def _checked(shards: Sequence[_Shard], on_bad_sample: str) -> dict[Path, pa.Table]:
+    """The verdicts that are there already."""
+    found = {shard.path: _read_shard(shard.path) for shard in shards if shard.path.exists()}
+    if on_bad_sample == "drop":
+        return found
     # Where refused rows stop the run, they are checked anew: a permission that was given, or a disk that answers
     # again, leaves no trace in an image's size and time.
-    return on_bad_sample == "drop" or not pc.any(pc.not_equal(_read_shard(shard, ["reason"])["reason"], "")).as_py()
+    return {path: table for path, table in found.items() if not pc.any(pc.not_equal(table["reason"], "")).as_py()}
 
 
 def _check_shards(
@@ -331,22 +334,28 @@ def _check_images(sample: Sample, seen: dict[ImageRef, _ImageVerdict]) -> list[s
     return notes
 
 
-def _read_shard(shard: _Shard, columns: list[str] | None = None) -> pa.Table:
+def _read_shard(path: Path) -> pa.Table:
     try:
-        return pq.ParquetFile(shard.path).read(columns=columns)
+        return pq.ParquetFile(path).read(use_threads=False)  # a thousand rows: threads take longer to wake
     except pa.ArrowInvalid:
-        raise UserError(f"{shard.path} is damaged; delete it and start again: its rows are checked anew") from None
+        raise UserError(f"{path} is damaged; delete it and start again: its rows are checked anew") from None
 
 
-def _verdicts(shards: Sequence[_Shard]) -> pa.Table:
-    return pa.concat_tables([VERDICTS.empty_table(), *map(_read_shard, shards)]).combine_chunks()
+def _joined(verdicts: Iterable[pa.Table]) -> pa.Table:
+    return pa.concat_tables([VERDICTS.empty_table(), *verdicts]).combine_chunks()
 
 
 def _refuse_duplicates(verdicts: pa.Table) -> pa.Table:
     """Of the rows that passed and share an id, the first is kept."""
-    codes = verdicts["id"].combine_chunks().dictionary_encode().indices.to_numpy()
     passed = np.flatnonzero(pc.equal(verdicts["reason"], "").to_numpy())
-    _, first, group = np.unique(codes[passed], return_index=True, return_inverse=True)
+    # A dictionary of a million ids takes 200 bytes each, their hashes 8. Where hashes are equal, the ids decide.
+    batches = verdicts.select(["id"]).to_batches(max_chunksize=SHARD_ROWS)
+    ids = itertools.chain.from_iterable(batch["id"].to_pylist() for batch in batches)
+    hashes = np.fromiter(map(hash, ids), np.int64, len(verdicts))[passed]
+    ascending = np.sort(hashes)
+    passed = passed[np.isin(hashes, ascending[1:][ascending[1:] == ascending[:-1]])]
+    codes = verdicts["id"].take(pa.array(passed)).combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first, group = np.unique(codes, return_index=True, return_inverse=True)
     first_row = passed[first][group]  # of each passed row: the first row with its id
     again = first_row != passed
     if not again.any():

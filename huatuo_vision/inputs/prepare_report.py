@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from huatuo_vision.inputs.mixture import over_limits, select_rows
 from huatuo_vision.recipe import PhaseSpec, Recipe
@@ -156,8 +156,8 @@ def markdown(report: PrepareReport) -> str:
     page.print("# Preparation\n")
     for table in tables(report, box.MARKDOWN):
         page.print(table)
-    for sentence in other_counts(report):
-        page.print(f"\n- {sentence}", markup=False)
+    for sentence, _ in remarks(report):
+        page.print(f"\n- {html.escape(sentence, quote=False)}", markup=False)
     for source, reasons in report.dropped_ids.items():
         for reason, samples in reasons.items():
             first = "; ".join(f"{id_}: {explanation}" for id_, explanation in samples[:3])
@@ -167,38 +167,43 @@ def markdown(report: PrepareReport) -> str:
     return page.file.getvalue()
 
 
-def other_counts(report: PrepareReport) -> Iterator[str]:
-    """One sentence for each source that does not hold the number of rows that the recipe expects of it."""
+def tables(report: PrepareReport, style: box.Box) -> Iterator[Table]:
+    """Numbers only, so that they fit a terminal of 80 columns; `remarks` has the words."""
+    sources = _table(("source",), ("rows", "kept", "images", "tokens p50 / p95 / max"), style)
+    for name, account in report.sources.items():
+        numbers = (account["rows"], account["kept"], account["images"])
+        tokens = " / ".join(_number(account["tokens"][key]) for key in ("p50", "p95", "max"))
+        sources.add_row(escape(name), *map(_number, numbers), tokens)
+    yield sources
+    phases = _table(("phase", "source"), ("rows", "kept", "dropped", "in one epoch"), style)
+    for phase, accounts in report.phases.items():
+        for name, account in accounts.items():
+            numbers = (account["rows"], account["kept"], sum(account["dropped"].values()), account["selected"])
+            phases.add_row(phase, escape(name), *map(_number, numbers))
+    yield phases
+
+
+def _table(words: Sequence[str], numbers: Sequence[str], style: box.Box) -> Table:
+    counted = (Column(name, justify="right", no_wrap=True) for name in numbers)
+    return Table(*(Column(name, overflow="fold") for name in words), *counted, box=style)
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def remarks(report: PrepareReport) -> Iterator[tuple[str, bool]]:
+    """(sentence, whether it is a warning): why rows were dropped, what was converted, and rows that are not there."""
     for name, account in report.sources.items():
         expected = account["expected_rows"]
         if expected is not None and expected != account["rows"]:
-            yield f"source {name!r} holds {account['rows']:,} rows; the recipe expects {expected:,}"
-
-
-def tables(report: PrepareReport, style: box.Box) -> Iterator[Table]:
-    sources = Table("source", "rows", "kept", "dropped", "tokens p50", "p95", "max", "images", "notes", box=style)
-    for name, account in report.sources.items():
-        numbers = (account["rows"], account["kept"])
-        tokens = (account["tokens"][key] for key in ("p50", "p95", "max"))
-        sources.add_row(
-            escape(name),
-            *(f"{number:,}" for number in numbers),
-            _by_reason(account["dropped"]) or "-",
-            *("-" if number is None else f"{number:,}" for number in tokens),
-            f"{account['images']:,}",
-            escape(_by_reason(account["notes"])) or "-",
-        )
-    yield sources
-    phases = Table("phase", "source", "rows", "kept", "dropped", "in one epoch", box=style)
+            yield f"source {name!r} holds {account['rows']:,} rows; the recipe expects {expected:,}", True
+        if account["dropped"]:
+            yield f"source {name!r} dropped {_by_reason(account['dropped'])}", True
+        if account["notes"]:
+            yield f"source {name!r} converted images: {_by_reason(account['notes'])}", False
     for phase, accounts in report.phases.items():
         for name, account in accounts.items():
-            selected = account["selected"]
-            phases.add_row(
-                phase,
-                escape(name),
-                f"{account['rows']:,}",
-                f"{account['kept']:,}",
-                _by_reason(account["dropped"]) or "-",
-                "-" if selected is None else f"{selected:,}",
-            )
-    yield phases
+            longer = {why: n for why, n in account["dropped"].items() if why not in report.sources[name]["dropped"]}
+            if longer:
+                yield f"phase {phase} dropped of source {name!r}: {_by_reason(longer)}", True

@@ -12,9 +12,11 @@ import json
 import os
 import re
 import stat
+import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +27,7 @@ import ijson
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -52,7 +55,11 @@ CONVERSION_VERSION = 2
 ROW_SCHEMA = pa.schema(
     [("row", pa.binary()), ("id", pa.string()), ("images", pa.list_(pa.string())), ("problem", pa.string())]
 )
+MEMBERS_VERSION = 3  # likewise for the index of the archives' members
 FEW_FILES = 200
+STAT_THREADS = 16
+SLOW_STAT = 100e-6  # seconds
+KEYS_VERSION = 1  # goes up whenever the same content would get other keys
 BATCH_BYTES = 4 * 2**20
 ROWS_AT_A_TIME = 256
 # Of names one below the other: a part that is empty, `.` or `..`.
@@ -94,13 +101,37 @@ class Source:
         stored = self.rows[i].to_pylist()[0]
         return (stored["id"] if self.converted else row_id(stored, self.spec)) or f"row {i}"
 
-    def content_keys(self, start: int, stop: int) -> tuple[str, str]:
-        """sha256 over what samples start to stop are made from: spec, rows, names and sizes (or CRCs) of their images.
+    def content_keys(self, rows: int, cache_dir: Path) -> list[tuple[str, str]]:
+        """Of every `rows` rows, sha256 over what their samples are made from: spec, rows, names and sizes (or CRCs) of
+        their images. The second of each pair is of the images' times as well: it changes with an image that was
+        replaced by one of its size, but also with one that was only copied.
 
-        The second is of the images' times as well: it changes with an image that was replaced by one of its size, but
-        also with one that was only copied.
+        Where all images lie in archives, the keys are kept in `cache_dir` while the data file, the archives and the
+        names in the folders beside them stay the same: a million images take ten seconds.
         """
-        digest = hashlib.sha256(self.spec.model_dump_json(exclude=set(OPERATIONAL_SOURCE_KEYS)).encode())
+        files = [file["filename"] for file in self.rows.cache_files]
+        kept = cache_dir / "keys" / f"{_key((KEYS_VERSION, files, self.images.members, self._spec_json(), rows))}.json"
+        if self.converted and (saved := _kept_keys(kept)) is not None:
+            return saved
+        keys: list[tuple[str, str]] = []
+        beside: dict[str, set[str]] | None = {}
+        for start in range(0, len(self), rows):
+            content, timed, folders = self._content_keys(start, min(start + rows, len(self)))
+            keys.append((content, timed))
+            few = beside is not None and len(beside) < FEW_FILES
+            beside = beside | folders if few and folders is not None else None
+        if self.converted and self.images.members is not None and beside is not None:
+            with _replacing(kept) as temporary:
+                folders = {folder: sorted(names) for folder, names in beside.items()}
+                temporary.write_text(json.dumps({"folders": folders, "keys": keys}))
+        return keys
+
+    def _spec_json(self) -> str:
+        return self.spec.model_dump_json(exclude=set(OPERATIONAL_SOURCE_KEYS))
+
+    def _content_keys(self, start: int, stop: int) -> tuple[str, str, dict[str, set[str]] | None]:
+        """Both keys of these rows, and `Stamps.beside`."""
+        digest = hashlib.sha256(self._spec_json().encode())
         if self.converted:
             table = self.rows[start:stop]
             rows, lists = (table[name].combine_chunks() for name in ("row", "images"))
@@ -114,10 +145,10 @@ class Source:
                 digest.update(json.dumps(stored, default=_digest_of_bytes).encode() + b"\n")
                 names += _row_images(stored, self.spec)
         stamps = self.images.stamps(names)
-        digest.update("\0".join([*names, *(size for size, _ in stamps)]).encode(errors="backslashreplace"))
+        digest.update("\0".join([*names, *stamps.sizes]).encode(errors="backslashreplace"))
         timed = digest.copy()
-        timed.update("\0".join(time for _, time in stamps).encode())
-        return digest.hexdigest(), timed.hexdigest()
+        timed.update("\0".join(stamps.times).encode())
+        return digest.hexdigest(), timed.hexdigest(), stamps.beside
 
     def texts(self) -> Iterator[str]:
         """The text of every message, in order. Rows that make no sample are left out: preparation reports those."""
@@ -182,38 +213,52 @@ class ImageFinder:
         for path in self._paths(name):
             if os.path.isfile(path):
                 return ImageRef(path=path)
-        member = self._members([name])[0]
+        member = self._member(name)
         if member is not None:
             return ImageRef(archive=os.path.join(self.root, member.archive), member=member.name)
         return ImageRef(path=os.path.join(self.root, name))
 
-    def stamps(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        """Of each name, what changes with its image: size and time of a file; CRC and size of a member."""
+    def stamps(self, names: Sequence[str]) -> Stamps:
+        """What changes with the image of each name."""
         if self.root is None:
-            return [("missing", "")] * len(names)
+            return Stamps(["missing"] * len(names), [""] * len(names))
         folders: dict[str, set[str] | None] = {}
         if self._none_is_a_file(names, folders):
-            stamps: list[tuple[str, str] | None] = [None] * len(names)
-        else:
-            stamps = [self._file_stamp(name, folders) for name in names]
-        elsewhere = [position for position, stamp in enumerate(stamps) if stamp is None]
-        for position, member in zip(elsewhere, self._members([names[p] for p in elsewhere]), strict=True):
-            stamps[position] = ("missing" if member is None else f"{member.crc}:{member.size}", "")
-        return stamps
+            return Stamps(self._member_stamps(names), [""] * len(names), folders)
+        stamps = self._file_stamps(names, folders)
+        elsewhere = [place for place, stamp in enumerate(stamps) if stamp is None]
+        members = self._member_stamps([names[place] for place in elsewhere])
+        for place, stamp in zip(elsewhere, members, strict=True):
+            stamps[place] = (stamp, "")
+        return Stamps([size for size, _ in stamps], [time for _, time in stamps])
 
     def _paths(self, name: str) -> tuple[str, ...]:
         path = f"{self.root}/{name}"
         return (path, f"{self.root}/{name.rpartition('/')[2]}") if self.by_basename else (path,)
 
     def _none_is_a_file(self, names: Sequence[str], folders: dict[str, set[str] | None]) -> bool:
-        """Whether folders that hold few files, and none of these, tell so at once, as beside archives."""
+        """Whether folders that hold few files, and none of these names, tell so at once, as beside archives."""
         if not _all_plain(names):
             return False
-        paths = {path for name in names for path in self._paths(name)}
-        for folder in {path.rpartition("/")[0] for path in paths}:
-            folders[folder] = _listing(folder)
-        listings = [f"{folder}/{basename}" for folder, there in folders.items() for basename in there or ()]
-        return None not in folders.values() and paths.isdisjoint(listings)
+        parts = [name.rpartition("/") for name in names]
+        within = {folder for folder, _, _ in parts} | ({""} if self.by_basename else set())
+        paths = (f"{self.root}/{folder}" if folder else self.root for folder in within)
+        folders |= {path: _listing(path) for path in paths}
+        if None in folders.values():
+            return False
+        files = set().union(*folders.values())
+        return files.isdisjoint(basename for _, _, basename in parts)
+
+    def _file_stamps(self, names: Sequence[str], folders: dict[str, set[str] | None]) -> list[tuple[str, str] | None]:
+        """Size and time of each name that is a file, "refused" of one that leaves the folder, None of others."""
+        began = time.perf_counter()
+        stamps = [self._file_stamp(name, folders) for name in names[:STAT_THREADS]]
+        rest = names[STAT_THREADS:]
+        if time.perf_counter() - began < SLOW_STAT * STAT_THREADS:
+            return stamps + [self._file_stamp(name, folders) for name in rest]
+        # Over a network it is all waiting; on a disk of this machine threads would only wait for each other.
+        with ThreadPoolExecutor(STAT_THREADS) as threads:
+            return stamps + list(threads.map(lambda name: self._file_stamp(name, folders), rest))
 
     def _file_stamp(self, name: str, folders: dict[str, set[str] | None]) -> tuple[str, str] | None:
         if _leaves_its_folder(name):
@@ -233,38 +278,50 @@ class ImageFinder:
                 return str(status.st_size), str(status.st_mtime_ns)
         return None
 
-    def _members(self, names: Sequence[str]) -> list[_Member | None]:
-        """Of each name, the member that it means; None where the archives hold none."""
-        if self.members is None or not names:
-            return [None] * len(names)
-        given = list(names) if _all_plain(names) else [os.path.normpath(name) for name in names]
-        basenames = [name.rpartition("/")[2] for name in given]
+    def _member(self, name: str) -> _Member | None:
+        """The member that a name means; None where the archives hold none."""
+        if self.members is None:
+            return None
+        name = os.path.normpath(name)
+        basename = name.rpartition("/")[2]
         table = _map_table(self.members)
         order = table["basename_hash"].chunk(0).to_numpy()
+        first, end = (int(np.searchsorted(order, _hashes([basename]), side)[0]) for side in ("left", "right"))
+        rows = table.slice(first, end - first)
+        found = map(_Member, *(rows[key].to_pylist() for key in ("archive", "member", "crc", "size")))
+        return self._meant(name, [m for m in found if m.name.rpartition("/")[2] == basename])
+
+    def _member_stamps(self, names: Sequence[str]) -> list[str]:
+        """The stamps of the members that names mean, column by column: a start asks about every image."""
+        table = MEMBER_SCHEMA.empty_table() if self.members is None else _map_table(self.members)
+        if len(table) == 0 or not names:
+            return ["missing"] * len(names)
+        if not _all_plain(names):
+            names = [os.path.normpath(name) for name in names]
+        order = table["basename_hash"].chunk(0).to_numpy()
+        basenames = [name.rpartition("/")[2] for name in names]
         wanted = _hashes(basenames)
-        first = np.searchsorted(order, wanted, "left")
-        counts = np.searchsorted(order, wanted, "right") - first
-        ends = np.cumsum(counts)
-        if len(names) == 1:  # as preparation and training ask, row by row
-            rows = table.slice(first[0], counts[0])
-        else:
-            rows = table.take(np.repeat(first - (ends - counts), counts) + np.arange(ends[-1]))
-        found = list(map(_Member, *(rows[key].to_pylist() for key in ("basename", "archive", "member", "crc", "size"))))
-        ends = ends.tolist()
-        return [
-            # Almost every name in a million has one candidate, its own.
-            found[begin]
-            if end - begin == 1 and self._is_meant(name, basename, found[begin])
-            else self._meant(name, basename, found[begin:end])
-            for name, basename, begin, end in zip(given, basenames, [0, *ends], ends, strict=False)
-        ]
+        ascending = np.argsort(wanted)  # neighbours lie near in the index
+        first = np.empty(len(wanted), dtype=np.int64)
+        first[ascending] = np.searchsorted(order, wanted[ascending])
+        at, behind = (np.minimum(place, len(order) - 1) for place in (first, first + 1))
+        rows = table.take(at)
+        # Almost every name in a million has one candidate, its own.
+        meant = (order[at] == wanted) & ((order[behind] != wanted) | (behind == at))
+        meant &= [found == basename for found, basename in zip(rows["basename"].to_pylist(), basenames, strict=True)]
+        if not self.by_basename:
+            meant &= [
+                f"/{member}".endswith(f"/{name}")
+                for member, name in zip(rows["member"].to_pylist(), names, strict=True)
+            ]
+        crcs, sizes = (rows[key].cast(pa.string()) for key in ("crc", "size"))
+        stamps = pc.binary_join_element_wise(crcs, sizes, ":").to_pylist()
+        for place in np.flatnonzero(~meant).tolist():
+            stamps[place] = _stamp(self._member(names[place]))
+        return stamps
 
-    def _is_meant(self, name: str, basename: str, member: _Member) -> bool:
-        return member.basename == basename and (self.by_basename or f"/{member.name}".endswith(f"/{name}"))
-
-    def _meant(self, name: str, basename: str, found: Sequence[_Member]) -> _Member | None:
-        """found: those whose basename has the same hash."""
-        found = [member for member in found if member.basename == basename]
+    def _meant(self, name: str, found: Sequence[_Member]) -> _Member | None:
+        """found: the members of its basename."""
         in_full = [member for member in found if f"/{member.name}".endswith(f"/{name}")]
         candidates = in_full or (found if self.by_basename else [])
         if len({(member.crc, member.size) for member in candidates}) > 1:
@@ -276,8 +333,15 @@ class ImageFinder:
         return candidates[0] if candidates else None
 
 
+class Stamps(NamedTuple):
+    """Of each image name, what changes with its image."""
+
+    sizes: list[str]  # size of a file, CRC and size of a member, "missing", "refused"
+    times: list[str]  # of a file
+    beside: dict[str, set[str]] | None = None  # the names in the folders that were asked, where none is an image's
+
+
 class _Member(NamedTuple):
-    basename: str
     archive: str
     name: str
     crc: int
@@ -504,7 +568,7 @@ def _member_index(root: Path, cache_dir: Path) -> str | None:
     if not archives:
         return None
     stats = [(archive.name, archive.stat().st_size, archive.stat().st_mtime_ns) for archive in archives]
-    target = cache_dir / "members" / f"{_key((CONVERSION_VERSION, str(root), stats))}.arrow"
+    target = cache_dir / "members" / f"{_key((MEMBERS_VERSION, str(root), stats))}.arrow"
     if not target.exists():
         table = pa.concat_tables([_members(archive) for archive in archives])
         table = table.sort_by([(key, "ascending") for key in ("basename_hash", "basename", "archive", "member")])
@@ -533,8 +597,8 @@ def _members(archive: Path) -> pa.Table:
 
 def _hashes(names: Sequence[str]) -> np.ndarray:
     """(N,) uint64, the same on every machine and in every process."""
-    digests = (hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest() for name in names)
-    return np.frombuffer(b"".join(digests), "<u8")
+    encoded = (name.encode(errors="surrogatepass") for name in names)
+    return np.fromiter(map(xxhash.xxh64_intdigest, encoded), np.uint64, len(names))
 
 
 def _joined(rows: pa.BinaryArray) -> memoryview:
@@ -552,6 +616,20 @@ def _listing(folder: str) -> set[str] | None:
     except (OSError, ValueError):
         return set()
     return names if len(names) <= FEW_FILES else None
+
+
+def _kept_keys(path: Path) -> list[tuple[str, str]] | None:
+    """The keys that were kept, where the folders hold what they held then."""
+    try:
+        saved = json.loads(path.read_text())
+        same = all(_listing(folder) == set(names) for folder, names in saved["folders"].items())
+        return [(content, timed) for content, timed in saved["keys"]] if same else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or damaged
+        return None
+
+
+def _stamp(member: _Member | None) -> str:
+    return "missing" if member is None else f"{member.crc}:{member.size}"
 
 
 def _all_plain(names: Sequence[str]) -> bool:

@@ -16,10 +16,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich import box
 from rich.console import Console
 
 from huatuo_vision.inputs import prepare as preparation
 from huatuo_vision.inputs.prepare import load_pool, prepare
+from huatuo_vision.inputs.prepare_report import PrepareReport, tables
 from huatuo_vision.recipe import Recipe
 from huatuo_vision.schema import BadSample, Sample, UserError
 
@@ -204,6 +206,13 @@ def test_stop_names_the_first_bad_sample_after_the_report_is_written(data, run):
 def test_stop_goes_on_where_nothing_is_wrong(data, run):
     data.add()
     assert run(make_recipe({"a": data}, on_bad_sample="stop")).sources["a"]["kept"] == 1
+
+
+def test_two_sources_of_one_file(data, run):
+    for _ in range(3):
+        data.add()
+    run(make_recipe({"a": data, "b": data}))
+    assert [account["kept"] for account in run.report()["sources"].values()] == [3, 3]
 
 
 def test_of_rows_with_the_same_id_the_first_is_kept_across_shards(data, run):
@@ -391,11 +400,23 @@ def test_reports_can_be_read(data, run):
         assert "pairs.x" in text
         assert "overlong 1" in text
         assert "empty_answer 1" in text
-    assert run.screen.count("pairs.x") == 2  # once per table
+    assert run.screen.count("pairs.x") == 4  # in each table, and with the reasons below
     assert "\x1b" not in page
     assert "| pairs.x " in page
     assert "row-8: the assistant's answer" in page
     assert set(run.report()) == {"sources", "phases", "dropped_ids"}
+
+
+def test_a_narrow_terminal_shows_whole_numbers():
+    tokens = {"p50": 1_620, "p95": 2_310, "max": 3_319}
+    account = {"rows": 1_300_000, "kept": 1_299_990, "dropped": {"missing_image": 10}, "tokens": tokens}
+    account |= {"images": 1_600_000, "selected": 1_299_990}
+    name = "instruction_tuning"
+    console = Console(width=80, record=True)
+    console.print(*tables(PrepareReport(Path(), {name: account}, {"instruct": {name: account}}, {}), box.SIMPLE_HEAD))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert shown.count("1,299,990") == 3 and "1,600,000" in shown and "1,620 / 2,310 / 3,319" in shown
 
 
 def test_ids_of_others_are_no_markup_in_the_report(data, run):

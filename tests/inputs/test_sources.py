@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import tracemalloc
 import zipfile
 from collections import Counter
@@ -498,7 +499,7 @@ def test_parquet_with_images_inside(folder):
     assert caught.value.reason == "empty_image"
     with pytest.raises(BadSample, match="'a': has no image"):
         source.sample(3)
-    assert source.content_keys(0, 2)[0] != source.content_keys(1, 3)[0]
+    assert len({content for content, _ in source.content_keys(1, folder.cache)}) == len(rows)
     assert set(source.record(folder.cache)["sha256"]) == {"0.parquet", "1.parquet"}
 
 
@@ -601,11 +602,11 @@ def test_content_keys_change_with_all_that_a_sample_is_made_from(folder):
     archive(folder.path / "z.zip", pmc_2_0=picture(2))
     rows = [pubmedvision_row(1), pubmedvision_row(2), pubmedvision_row(3), 7]
 
-    def keys(start: int = 0, stop: int = 4, rows: list = rows, **spec) -> tuple[str, str]:
-        return folder.open(rows, **(PMV | spec)).content_keys(start, stop)
+    def keys(at_a_time: int = 4, rows: list = rows, **spec) -> tuple[str, str]:
+        return folder.open(rows, **(PMV | spec)).content_keys(at_a_time, folder.cache)[0]
 
     before = keys()
-    assert keys() == before and keys(0, 3)[0] != before[0]
+    assert keys() == before and keys(3)[0] != before[0]
     seen = {before, keys(rows=[pubmedvision_row(1, body_part="Head"), *rows[1:]]), keys(language="zh")}
     archive(folder.path / "z.zip", pmc_2_0=picture(5))
     seen.add(keys())
@@ -617,14 +618,68 @@ def test_content_keys_change_with_all_that_a_sample_is_made_from(folder):
     assert keys()[0] == copied[0] and keys()[1] != copied[1]
 
 
-def test_an_image_name_is_looked_up_the_same_way_alone_and_among_many(folder):
+def test_keys_of_archives_are_kept_until_a_file_or_an_archive_says_otherwise(folder, monkeypatch):
+    (folder.path / "images").mkdir()
+    rows = [pubmedvision_row(number) for number in (1, 2, 3)]
+    asked = []
+    content_keys = Source._content_keys
+    monkeypatch.setattr(Source, "_content_keys", lambda *args: asked.append(args) or content_keys(*args))
+
+    def keys() -> tuple[list, bool]:
+        asked.clear()
+        found = folder.open_file(folder.path / "rows.json", **PMV).content_keys(2, folder.cache)
+        return found, bool(asked)
+
+    folder.write(rows)
+    archive(folder.path / "a.zip", **{f"pmc_{number}_0": picture(number) for number in (1, 2)})
+    found, computed = keys()
+    assert len(found) == 2 and computed and keys() == (found, False)
+    (kept,) = (folder.cache / "keys").iterdir()
+    kept.write_text('{"folders": 1')
+    assert keys() == (found, True), "damaged"
+    folder.write([*rows[:2], pubmedvision_row(4)])
+    changed = keys()
+    assert changed[1] and changed[0][0] == found[0] and changed[0][1] != found[1]
+    folder.write(rows)
+    archive(folder.path / "b.zip", pmc_3_0=picture(3))
+    with_third = keys()
+    assert with_third[1] and with_third[0][0] == found[0] and with_third[0][1] != found[1]
+    assert keys() == (with_third[0], False)
+    (folder.path / "images" / "notes.txt").write_text("of no row")
+    assert keys() == (with_third[0], True)
+    (folder.path / "images" / "pmc_1_0.png").write_bytes(picture(1))
+    unpacked = keys()
+    assert unpacked[1] and unpacked[0][0] != with_third[0][0]
+    assert keys() == unpacked, "a file can change at any time, so nothing is kept"
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_files_are_asked_alike_on_a_disk_and_over_a_network(folder, monkeypatch, slow):
+    monkeypatch.setattr(sources, "SLOW_STAT", -1 if slow else 1)
+    for number in range(0, 40, 2):
+        (folder.path / f"pmc_{number}_0.png").write_bytes(b"0" * number)
+    images = folder.open([pubmedvision_row(1)], **PMV).images
+    sizes = images.stamps([f"images/pmc_{number}_0.png" for number in range(40)]).sizes
+    assert sizes == ["missing" if number % 2 else str(number) for number in range(40)]
+
+
+@pytest.mark.parametrize("alike", ["", "_[49]_", "."])
+def test_an_image_name_is_looked_up_the_same_way_alone_and_among_many(folder, monkeypatch, alike):
+    hashes = sources._hashes
+    if alike:  # names with one hash, as some of a million may have
+        monkeypatch.setattr(sources, "_hashes", lambda names: hashes([re.sub(f".*{alike}.*", "", n) for n in names]))
     (folder.path / "pmc_1_0.png").write_bytes(picture(1))
     archive(folder.path / "a.zip", some__pmc_2_0=picture(2), pmc_3_0=picture(3))
     archive(folder.path / "b.zip", some__pmc_2_0=picture(2), some__pmc_4_0=picture(4))
     images = folder.open([pubmedvision_row(1)], **PMV).images
     names = [f"images/pmc_{n}_0.png" for n in (4, 1, 9, 2, 3, 2)] + ["../pmc_1_0.png", "/etc/passwd", "", "x/", "a\0b"]
-    for name, stamp in zip(names, images.stamps(names), strict=True):
-        assert [stamp] == images.stamps([name])
+
+    def stamps_of(names: list[str]) -> list[tuple[str, str]]:
+        stamps = images.stamps(names)
+        return list(zip(stamps.sizes, stamps.times, strict=True))
+
+    for name, stamp in zip(names, stamps_of(names), strict=True):
+        assert [stamp] == stamps_of([name])
         try:
             found = images.find(name)
         except sources.ImageNameError:
@@ -636,11 +691,11 @@ def test_an_image_name_is_looked_up_the_same_way_alone_and_among_many(folder):
             assert stamp[0] == str(os.path.getsize(found.path)) and stamp[1]
         else:
             assert stamp == ("missing", "")
-    stamps = dict(zip(names, images.stamps(names), strict=True))
+    stamps = dict(zip(names, stamps_of(names), strict=True))
     assert [size for size, _ in stamps.values()].count("missing") == 4
     # Among plain names of which none is a file, the folders are not asked name by name.
     archived = names[:1] + names[2:6]
-    assert images.stamps(archived) == [stamps[name] for name in archived]
+    assert stamps_of(archived) == [stamps[name] for name in archived]
 
 
 def test_texts_are_those_of_the_samples(folder):
