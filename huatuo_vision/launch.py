@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -27,15 +28,16 @@ class LaunchedWorld:
 
 
 def launched_world() -> LaunchedWorld:
-    def flag(name: str) -> bool:
-        return os.environ.get(name, "false").lower() in ("1", "true", "yes")
-
     return LaunchedWorld(
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         rank=int(os.environ.get("RANK", "0")),
-        fsdp=flag("ACCELERATE_USE_FSDP"),
-        deepspeed=flag("ACCELERATE_USE_DEEPSPEED"),
+        fsdp=_flag("ACCELERATE_USE_FSDP"),
+        deepspeed=_flag("ACCELERATE_USE_DEEPSPEED"),
     )
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
 def start_processes(timeout: timedelta | None = None) -> PartialState:
@@ -50,7 +52,13 @@ def start_processes(timeout: timedelta | None = None) -> PartialState:
     asked = launched_world()
     _end_with_launcher()
     on_cpu = not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu, **({"timeout": timeout} if timeout else {}))
+    if asked.deepspeed:  # its calls of torch.distributed are deprecated in torch 2.13, which would say so in every step
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # For DeepSpeed on the CPU accelerate names no backend, and would count one process. Told to use the CPU, it leaves
+    # DeepSpeed out.
+    deepspeed_on_cpu = asked.deepspeed and on_cpu and not _flag("ACCELERATE_USE_CPU")
+    where = {"backend": "gloo"} if deepspeed_on_cpu else {"cpu": on_cpu}
+    state = PartialState(**where, **({"timeout": timeout} if timeout else {}))
     if state.num_processes != asked.processes:
         raise UserError(
             f"{asked.processes} processes were launched but this one is in a world of {state.num_processes}, so each "
@@ -63,7 +71,8 @@ def start_processes(timeout: timedelta | None = None) -> PartialState:
         )
     if asked.deepspeed and state.distributed_type.value != "DEEPSPEED":
         raise UserError(
-            f"DeepSpeed was asked for, but accelerate started {state.distributed_type.value}; check the launch config"
+            f"DeepSpeed was asked for, but accelerate started {state.distributed_type.value}; check the launch config, "
+            "and set no ACCELERATE_USE_CPU"
         )
     return state
 

@@ -66,8 +66,7 @@ class PackedLlava(LlavaForConditionalGeneration):
             **seen,
         ).last_hidden_state[0]  # (S, D)
         kept = hidden.index_select(0, logits_to_keep)  # (T, D): logits only where there is a label
-        groups = zip(kept.split(target_counts), shift_labels.split(target_counts), strict=True)
-        return torch.stack([self._summed_loss(*group) for group in groups])
+        return torch.stack(self._summed_losses(kept, shift_labels, target_counts))
 
     def blank_image(self, device: torch.device) -> torch.Tensor:
         """(1, 3, H, W)"""
@@ -81,15 +80,27 @@ class PackedLlava(LlavaForConditionalGeneration):
         features = self.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
         return torch.cat(tuple(features)), {}
 
-    def _summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """hidden: (t, D), labels: (t,). Cross-entropy in fp32, summed."""
-        weight = self.lm_head.weight
+    def _summed_losses(
+        self, hidden: torch.Tensor, labels: torch.Tensor, target_counts: tuple[int, ...]
+    ) -> list[torch.Tensor]:
+        """hidden: (T, D), labels: (T,). Cross-entropy in fp32, summed over each group."""
+        groups = labels.split(target_counts)
+        # FSDP gathers the head when it is called, not when its weight is looked at; ZeRO-3 when `lm_head.weight` is
+        # looked at too, and keeps it for the rest of the step.
+        weight = next(self.lm_head.parameters())
         in_fp32 = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
-        # FSDP gathers the head when it is called, not when its weight is looked at.
-        sharded = hasattr(weight, "device_mesh")
+        sharded = hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
         if _CHUNKED is not None and hidden.device.type == "cpu" and in_fp32 and not sharded:
-            return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=_CHUNKED)
-        return F.cross_entropy(self.lm_head(hidden).float(), labels, reduction="sum")
+            return [
+                F.linear_cross_entropy(part, weight, targets, reduction="sum", options=_CHUNKED)
+                for part, targets in zip(hidden.split(target_counts), groups, strict=True)
+            ]
+        # Called once: rows of different ranks have different numbers of groups, and ZeRO-3 gathers at every call.
+        logits = self.lm_head(hidden).split(target_counts)
+        return [
+            F.cross_entropy(part.float(), targets, reduction="sum")
+            for part, targets in zip(logits, groups, strict=True)
+        ]
 
 
 def skip_unread_layers(model: PackedLlava) -> None:

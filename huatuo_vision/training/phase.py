@@ -16,6 +16,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
 from transformers import AutoConfig, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from huatuo_vision.cli import Stopped
 from huatuo_vision.inputs.encode import Encoder
@@ -90,7 +91,7 @@ def run_phase(
     state = PartialState()
     arguments = training_arguments(recipe, name, folder, data.plan)  # before the model: ZeRO-3 shards while loading
     checkpoint = _agree_on_checkpoint(folder, state, arguments, console)
-    model = load_start(phase, start, arguments.device)
+    model = load_start(recipe, name, start, arguments.device)
     counts = parameter_counts(model)
 
     def row_flops(stats: dict[str, int]) -> float:
@@ -143,6 +144,9 @@ def model_attention(model: torch.nn.Module) -> str:
 def training_arguments(recipe: Recipe, name: str, folder: Path, plan: StepPlan) -> TrainingArguments:
     phase = recipe.phases[name]
     on_cuda = torch.cuda.is_available()
+    deepspeed_on_cpu = not on_cuda and PartialState().distributed_type.value == "DEEPSPEED"
+    if deepspeed_on_cpu and phase.precision == "bf16":
+        raise UserError(f"DeepSpeed trains on the CPU in fp32 only; set phases.{name}.precision=fp32")
     return TrainingArguments(
         output_dir=str(folder),
         run_name=_run_name(recipe, name),
@@ -168,7 +172,8 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, plan: StepPlan) 
         average_tokens_across_devices=False,  # the plan knows the step's supervised tokens
         disable_tqdm=True,
         seed=recipe.seed,
-        use_cpu=not on_cuda,
+        use_cpu=not on_cuda and not deepspeed_on_cpu,
+        ddp_backend="gloo" if deepspeed_on_cpu else None,  # as start_processes
     )
 
 
@@ -208,12 +213,14 @@ def _agree_on_checkpoint(
     return checkpoint
 
 
-def load_start(phase: PhaseSpec, start: Path, device: torch.device) -> torch.nn.Module:
+def load_start(recipe: Recipe, name: str, start: Path, device: torch.device) -> torch.nn.Module:
     """The model that a phase trains, with the weights of the model folder `start`."""
+    phase = recipe.phases[name]
     dtype = torch.bfloat16 if phase.precision == "bf16" else torch.float32
     _check_window(AutoConfig.from_pretrained(start), phase)
     choose_attention(phase.attention, device=device, precision=phase.precision)  # refused before minutes of loading
     model = load_model(start, dtype=dtype, packed=True, quantization_config=quantization_config(phase.train, dtype))
+    torch.manual_seed(recipe.seed)  # an adapter's first weights are the same whatever this process did before
     return prepare_model(model, phase, device)
 
 
@@ -248,6 +255,8 @@ def _check_window(config: Any, phase: PhaseSpec) -> None:
 
 def _export(trainer: PhaseTrainer, start: Path, target: Path, phase: PhaseSpec) -> None:
     """The trained model's folder; its weights gathered from all processes, written by the main one."""
+    # Under ZeRO-3 every model made until then is spread over all processes: the main one would wait for the others.
+    unset_hf_deepspeed_config()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, on the main process
     if trainer.args.should_save:

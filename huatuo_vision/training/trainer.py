@@ -121,8 +121,9 @@ class PhaseTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         self._learning_rates = {f"lr/{g['name'].split('/')[0]}": g["lr"] for g in self.optimizer.param_groups}
         checked = self._step_loss
-        if norm is not None:  # DeepSpeed keeps its norm until after the step
-            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if norm is not None:
+            # DeepSpeed's is a number: it has stepped within the backward, unless its norm was not finite.
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
             checked = torch.stack([checked, whole.detach().to(checked)])
         not_finite, self.stopping = self._any_process(~torch.isfinite(checked).all(), self.stop.asked)
         if not_finite:

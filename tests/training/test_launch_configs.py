@@ -25,8 +25,7 @@ def test_accelerate_takes_it(path):
         plugin = DeepSpeedPlugin(zero_stage=deepspeed["zero_stage"])
         assert plugin.deepspeed_config["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero"))
         assert deepspeed["zero3_init_flag"] == (path.stem == "zero3")
-    else:
-        assert config.mixed_precision == "no", "the recipe's precision decides"
+    assert config.mixed_precision == "no", "the recipe's precision decides"
 
 
 @pytest.mark.slow
