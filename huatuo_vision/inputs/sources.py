@@ -111,7 +111,8 @@ class Source:
         """
         files = [file["filename"] for file in self.rows.cache_files]
         kept = cache_dir / "keys" / f"{_key((KEYS_VERSION, files, self.images.members, self._spec_json(), rows))}.json"
-        if self.converted and (saved := _kept_keys(kept)) is not None:
+        keeps = self.converted and self.images.members is not None
+        if keeps and (saved := _kept_keys(kept)) is not None:
             return saved
         keys: list[tuple[str, str]] = []
         beside: dict[str, set[str]] | None = {}
@@ -120,7 +121,7 @@ class Source:
             keys.append((content, timed))
             few = beside is not None and len(beside) < FEW_FILES
             beside = beside | folders if few and folders is not None else None
-        if self.converted and self.images.members is not None and beside is not None:
+        if keeps and beside is not None:
             with _replacing(kept) as temporary:
                 folders = {folder: sorted(names) for folder, names in beside.items()}
                 temporary.write_text(json.dumps({"folders": folders, "keys": keys}))

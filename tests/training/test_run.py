@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 
 from huatuo_vision.schema import UserError
-from huatuo_vision.training.checkpoint import latest_checkpoint, read_manifest
+from huatuo_vision.training.checkpoint import MANIFEST, latest_checkpoint, read_manifest
 from huatuo_vision.training.export import export_checkpoint
 from tests.training.conftest import largest_difference, log_lines, weights
 
@@ -297,4 +298,12 @@ def test_a_checkpoint_holds_exactly_what_trains_and_becomes_a_model_folder(launc
         export_checkpoint(Path(), tmp_path / "another")
     (checkpoint / "trainable.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="no whole checkpoint: trainable.safetensors has 3 bytes"):
+        export_checkpoint(checkpoint, tmp_path / "another")
+    # As one of DeepSpeed's, whose weights lie in files of its own.
+    (checkpoint / "trainable.safetensors").unlink()
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest["files"]["trainable.safetensors"]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match="was written by DeepSpeed, which is not installed here; pip install"):
         export_checkpoint(checkpoint, tmp_path / "another")
