@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -138,7 +139,9 @@ def prepare(
         passed = table.append_column("row", pa.array(np.arange(len(table)))).filter(pc.equal(table["reason"], ""))
         content = hashlib.sha256("".join(shard.content for shard in shards[name]).encode()).hexdigest()
         kept = passed.select(POOL_COLUMNS).replace_schema_metadata({CONTENT: content})
-        _write(_pool_table(out, name), lambda path, kept=kept: pq.write_table(kept, path))
+        # All of a row group is held until it is written, and every id is another.
+        write = partial(pq.write_table, kept, row_group_size=2**16, use_dictionary=False)
+        _write(_pool_table(out, name), write)
     return report
 
 
