@@ -287,7 +287,8 @@ class ImageFinder:
         basename = name.rpartition("/")[2]
         table = _map_table(self.members)
         order = table["basename_hash"].chunk(0).to_numpy()
-        first, end = (int(np.searchsorted(order, _hashes([basename]), side)[0]) for side in ("left", "right"))
+        wanted = _hashes([basename])[0]
+        first, end = (int(np.searchsorted(order, wanted, side)) for side in ("left", "right"))
         rows = table.slice(first, end - first)
         found = map(_Member, *(rows[key].to_pylist() for key in ("archive", "member", "crc", "size")))
         return self._meant(name, [m for m in found if m.name.rpartition("/")[2] == basename])
