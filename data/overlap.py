@@ -85,8 +85,8 @@ def check(recipe: Recipe, guard: Guard, settings: Dedup, out: Path, workers: int
     for spec in recipe.data.values():
         ensure_made(spec, cache)
     sources = {name: open_source(name, spec, cache) for name, spec in recipe.data.items()}
-    shards = [_Shard(name, start, min(start + SHARD_ROWS, len(source)), out / "shards" / name)
-              for name, source in sources.items() for start in range(0, len(source), SHARD_ROWS)]  # fmt: skip
+    with console.status("looking for rows that were read already"):
+        shards = [shard for source in sources.values() for shard in _shards(source, known, out / "shards", cache)]
     _look(shards, sources, known, workers, console)
     overlaps, counts = [], {}
     for name, source in sources.items():
@@ -116,11 +116,17 @@ class _Shard:
     source: str
     start: int
     stop: int
-    folder: Path
+    file: Path
+    mark: str  # of all that its file is made from
 
-    @property
-    def file(self) -> Path:
-        return self.folder / f"{self.start:09d}.parquet"
+
+def _shards(source: Source, known: Known, folder: Path, cache: Path) -> Iterator[_Shard]:
+    digest = known.digest
+    for number, keys in enumerate(source.content_keys(SHARD_ROWS, cache)):
+        start = number * SHARD_ROWS
+        file = folder / source.name / f"{start:09d}.parquet"
+        mark = hashlib.sha256(f"{keys} {digest}".encode()).hexdigest()
+        yield _Shard(source.name, start, min(start + SHARD_ROWS, len(source)), file, mark)
 
 
 def _look(
@@ -159,10 +165,9 @@ def _make_in_worker(shard: _Shard) -> int:
 
 def _make(shard: _Shard, source: Source, known: Known) -> int:
     """Rows looked at, now or before."""
-    mark = hashlib.sha256(f"{source.content_keys(shard.start, shard.stop)} {known.digest}".encode()).hexdigest()
-    if not _is_made(shard.file, mark):
+    if not _is_made(shard.file, shard.mark):
         rows = [_seen(source, row, known) for row in range(shard.start, shard.stop)]
-        table = pa.Table.from_pylist(rows, _SHARD).replace_schema_metadata({"mark": mark})
+        table = pa.Table.from_pylist(rows, _SHARD).replace_schema_metadata({"mark": shard.mark})
         with whole_file(shard.file) as unfinished:
             pq.write_table(table, unfinished)
     return shard.stop - shard.start
