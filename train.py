@@ -40,8 +40,10 @@ def main() -> None:
     phases = [arguments.phase] if arguments.phase else list(recipe.phases)
     out = arguments.out or Path("runs") / recipe.name
 
-    # Rows differ in length, and a GPU's memory would fill with gaps between them. Read when torch is imported.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Rows differ in length, and a GPU's memory would fill with gaps between them. Read when torch is imported, which
+    # takes this name before the other.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # Imported here, so that --help and a mistake in the recipe answer at once.
     from huatuo_vision.training.console import main_console
 
